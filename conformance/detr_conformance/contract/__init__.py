@@ -1,0 +1,27 @@
+"""The contract: one module a chapter. In each, side by side: a clause as a sentence, the check that judges it, and
+the faults that break it. A new clause is one short addition in one place."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Final
+
+CHAPTERS: Final = (
+    "boxes",
+    "matching",
+    "costs",
+    "keys",
+    "normalisation",
+    "classification",
+    "tokens",
+    "layers",
+    "gradients",
+    "numbers",
+    "purity",
+)
+
+
+def load() -> None:
+    """Import every chapter, which fills the registry."""
+    for name in CHAPTERS:
+        importlib.import_module(f"{__name__}.{name}")

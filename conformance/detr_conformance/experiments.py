@@ -1,0 +1,521 @@
+"""What is drawn, and what is observed of it: one candidate call serves every check of its experiment.
+
+An experiment yields cases, the same ones for the same seed, and turns each into a ``Seen``.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from detr_conformance.candidate import Bound
+from detr_conformance.cases import Case, Recipe, build, contested_case, duel_case, pair_case
+from detr_conformance.observation import gradients_by_layer, observe
+from detr_conformance.seen import Seen
+from detr_reference.options import Options
+
+# --- experiments ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Experiment:
+    """How cases are drawn and what is observed of each.
+
+    ``fixed``: the cases of every effort · ``drawn``: one more case from a seed, for the search · ``share``: which
+    part of the effort's searched cases this experiment takes · ``observe``: the calls.
+    """
+
+    name: str
+    title: str
+    fixed: Callable[[Bound], Iterator[Case]]
+    drawn: Callable[[Bound, int], Case] | None
+    observe: Callable[[Bound, Case], Seen]
+    share: float = 1.0
+
+
+def _losses(bound: Bound, case: Case) -> Seen:
+    return Seen(bound, case, observe(bound, case, matcher=False))
+
+
+def _value(bound: Bound, case: Case) -> Seen:
+    return Seen(bound, case, observe(bound, case, grads=False, matcher=False))
+
+
+def _losses_and_matcher(bound: Bound, case: Case, criterion: Any = None) -> Seen:
+    return Seen(bound, case, observe(bound, case, criterion=criterion))
+
+
+def _from_recipes(recipes: Sequence[Recipe]) -> Callable[[Bound], Iterator[Case]]:
+    def fixed(bound: Bound) -> Iterator[Case]:
+        for recipe in recipes:
+            yield build(_fitting(recipe, bound), bound.options, bound.varies)
+
+    return fixed
+
+
+def _fitting(recipe: Recipe, bound: Bound) -> Recipe:
+    """The recipe with as many layers as a candidate takes that cannot be told their number."""
+    if "num_decoder_layers" not in bound.varies:
+        return replace(recipe, aux=min(recipe.aux, bound.options.num_decoder_layers - 1))
+    return recipe
+
+
+def _from_seed(draw: Callable[[np.random.Generator, int], Recipe]) -> Callable[[Bound, int], Case]:
+    def drawn(bound: Bound, seed: int) -> Case:
+        recipe = draw(np.random.default_rng(seed), seed)
+        return build(_fitting(recipe, bound), bound.options, bound.varies)
+
+    return drawn
+
+
+def _pick(rng: np.random.Generator, *values: str) -> str:
+    return str(rng.choice(values))
+
+
+def _counts(rng: np.random.Generator, low: int, high: int, images: int) -> tuple[int, ...]:
+    return tuple(int(n) for n in rng.integers(low, high + 1, images))
+
+
+_COEFS = (("ce_loss_coef", 3.0), ("bbox_loss_coef", 4.0), ("giou_loss_coef", 1.5))
+
+
+def _ordinary(rng: np.random.Generator, seed: int) -> Recipe:
+    """One to three images, each with at least one target and no more targets than queries."""
+    counts = _counts(rng, 1, 3, int(rng.integers(1, 4)))
+    return Recipe(
+        seed,
+        counts,
+        queries=max(counts) + int(rng.integers(0, 5)),
+        classes=int(rng.integers(1, 6)),
+        aux=int(rng.integers(0, 4)),
+        encoder_queries=int(rng.choice([0, max(counts), max(counts) + 3])),
+        tokens=int(rng.integers(6, 12)),
+        logits=_pick(rng, "normal", "normal", "grid"),
+        boxes=_pick(rng, "plain", "plain", "grid", "overhang"),
+        edits=tuple(e for e in ("contested", "end classes", "masked -inf") if rng.random() < 0.3),
+        options=_COEFS if rng.random() < 0.5 else (),
+    )
+
+
+def _odd(rng: np.random.Generator, seed: int) -> Recipe:
+    """Images without targets, more targets than queries, a single query, copies and exact boxes."""
+    counts = _counts(rng, 0, 4, int(rng.integers(1, 4)))
+    edits = ("copied target", "copied query", "exact boxes", "end classes", "masked -inf")
+    return Recipe(
+        seed,
+        counts,
+        queries=int(rng.integers(1, 4)),
+        classes=int(rng.integers(1, 5)),
+        aux=int(rng.integers(0, 2)),
+        encoder_queries=int(rng.choice([0, 1, 5])),
+        boxes=_pick(rng, "plain", "grid", "overhang"),
+        edits=tuple(e for e in edits if rng.random() < 0.25),
+    )
+
+
+def _extreme(rng: np.random.Generator, seed: int) -> Recipe:
+    counts = _counts(rng, 0, 3, int(rng.integers(1, 3)))
+    return Recipe(
+        seed,
+        counts,
+        queries=max(*counts, 1) + int(rng.integers(0, 4)),
+        classes=int(rng.integers(1, 5)),
+        aux=int(rng.integers(0, 2)),
+        encoder_queries=int(rng.choice([0, 4])),
+        logits=_pick(rng, "confident", "extreme"),
+        boxes=_pick(rng, "plain", "tiny"),
+        edits=("masked -inf",) if rng.random() < 0.3 else (),
+    )
+
+
+def _clear(rng: np.random.Generator, seed: int) -> Recipe:
+    """Three images with unequal numbers of targets and unequal prompts, auxiliary layers and encoder outputs."""
+    return Recipe(
+        seed,
+        tuple(int(n) for n in rng.permutation([int(rng.integers(0, 2)), 1, 3])),
+        queries=int(rng.integers(3, 7)),
+        classes=int(rng.integers(2, 6)),
+        aux=int(rng.integers(1, 3)),
+        encoder_queries=int(rng.integers(3, 7)),
+        tokens=11,
+        edits=("masked -inf",) if rng.random() < 0.3 else (),
+    )
+
+
+BATCH = Experiment(
+    "batch",
+    "ordinary batches",
+    _from_recipes(
+        [
+            Recipe(11, (1,), 1, classes=1),
+            Recipe(12, (1,), 3, classes=3, logits="grid", boxes="grid"),
+            Recipe(13, (2,), 4, classes=5, encoder_queries=6),
+            Recipe(14, (3,), 5, classes=4, edits=("contested",)),
+            Recipe(15, (1, 2), 4, classes=3, aux=1, encoder_queries=4),
+            Recipe(16, (2, 1, 3), 6, classes=5, aux=2, encoder_queries=8, tokens=11),
+            Recipe(17, (2, 2), 7, classes=2, aux=1, logits="grid", boxes="grid", options=_COEFS),
+            Recipe(18, (3, 1), 4, classes=4, aux=5, encoder_queries=3, edits=("end classes",), options=_COEFS),
+            Recipe(19, (2, 3, 1), 8, classes=4, boxes="overhang", tokens=10, edits=("masked -inf",)),
+            Recipe(20, (6,), 12, classes=6, encoder_queries=10, tokens=16),
+            Recipe(21, (3, 3), 5, classes=3, aux=1, edits=("contested", "end classes")),
+            Recipe(22, (1, 1, 1), 2, classes=4, aux=1, encoder_queries=2, tokens=11, edits=("end classes",)),
+            Recipe(23, (3,), 30, classes=8, tokens=20),
+            Recipe(24, (4, 2), 6, classes=3, edits=("contested",), options=_COEFS),
+        ]
+    ),
+    _from_seed(_ordinary),
+    _losses,
+)
+
+EDGES = Experiment(
+    "edges",
+    "no targets, more targets than queries, copies",
+    _from_recipes(
+        [
+            Recipe(31, (0,), 1, classes=2),
+            Recipe(32, (0, 0), 3, classes=3, aux=1, encoder_queries=4),
+            Recipe(33, (0, 2), 4, classes=3, aux=1, encoder_queries=3),
+            Recipe(34, (2, 0, 1), 3, classes=4, aux=1, tokens=11),
+            Recipe(35, (3,), 1, classes=2, aux=1, encoder_queries=2),
+            Recipe(36, (4, 1), 2, classes=3, aux=1, encoder_queries=5),
+            Recipe(37, (5, 3), 2, classes=3, boxes="grid"),
+            Recipe(38, (2,), 4, edits=("copied target",)),
+            Recipe(39, (3, 2), 3, aux=1, edits=("copied target", "copied query")),
+            Recipe(40, (2, 1), 4, edits=("copied query",)),
+            Recipe(41, (2, 1), 3, edits=("exact boxes",)),
+            Recipe(42, (3, 0, 6), 4, classes=3, encoder_queries=2, tokens=11, edits=("masked -inf",)),
+        ]
+    ),
+    _from_seed(_odd),
+    _losses_and_matcher,
+    share=0.5,
+)
+
+EXTREMES = Experiment(
+    "extremes",
+    "logits up to ±110, sides down to 1e-3",
+    _from_recipes(
+        [
+            Recipe(51, (1,), 2, classes=2, logits="extreme"),
+            Recipe(52, (2,), 3, classes=3, logits="extreme", boxes="tiny"),
+            Recipe(53, (2, 1), 5, classes=4, aux=1, encoder_queries=4, logits="extreme"),
+            Recipe(54, (2, 2), 4, classes=3, logits="confident"),
+            Recipe(55, (1, 3), 4, classes=5, aux=1, logits="confident", boxes="tiny"),
+            Recipe(56, (3,), 6, classes=3, boxes="tiny", encoder_queries=3),
+            Recipe(57, (2,), 8, classes=6, logits="confident", tokens=14),
+            Recipe(58, (0,), 3, classes=3, logits="extreme"),
+            Recipe(59, (1, 2), 4, classes=3, logits="extreme", edits=("masked -inf",)),
+        ]
+    ),
+    _from_seed(_extreme),
+    _losses,
+    share=0.5,
+)
+
+
+def _configured(bound: Bound) -> Iterator[Case]:
+    """The same batches under other class-loss options, as far as the candidate lets them vary."""
+    trials: list[tuple[tuple[str, float], ...]]
+    if bound.options.class_loss == "softmax":
+        trials = [(("eos_coef", v),) for v in (0.1, 0.4, 1.0, 0.02)]
+    else:
+        trials = [
+            (("focal_alpha", a), ("focal_gamma", g))
+            for a, g in ((0.25, 2.0), (0.6, 2.0), (0.25, 1.0), (0.25, 3.0), (0.1, 1.5), (0.75, 0.0))
+        ]
+    for i, options in enumerate(trials):
+        if i and not {name for name, _ in options} & bound.varies:
+            continue
+        for seed, counts in ((61 + i, (2, 1)), (81 + i, (3,))):
+            yield build(Recipe(seed, counts, 5, classes=4, tokens=9, options=options), bound.options, bound.varies)
+
+
+def _configured_drawn(bound: Bound, seed: int) -> Case:
+    rng = np.random.default_rng(seed)
+    options = (
+        ("eos_coef", float(rng.choice([0.05, 0.1, 0.3, 0.7, 1.0]))),
+        ("focal_alpha", float(rng.choice([0.1, 0.25, 0.4, 0.6, 0.9]))),
+        ("focal_gamma", float(rng.choice([0.0, 1.0, 1.5, 2.0, 2.5, 3.0]))),
+    )
+    recipe = Recipe(seed, _counts(rng, 1, 3, 2), 5, classes=int(rng.integers(2, 6)), options=options)
+    return build(recipe, bound.options, bound.varies)
+
+
+CONFIGURED = Experiment(
+    "configured", "class loss under its options", _configured, _configured_drawn, _losses, share=0.3
+)
+
+
+# --- pairs of boxes ---
+
+_NEAR = ((0.5, 0.5, 0.25, 0.25), (0.375, 0.5, 0.5, 0.125), (0.5, 0.625, 0.125, 0.375))
+_PAIRS: tuple[tuple[str, Sequence[float], Sequence[float]], ...] = (
+    ("overlapping", (0.25, 0.5, 0.25, 0.375), (0.375, 0.625, 0.5, 0.25)),
+    ("overlapping", (0.5, 0.5, 0.5, 0.5), (0.625, 0.5, 0.25, 0.75)),
+    ("same size", (0.375, 0.375, 0.25, 0.25), (0.5, 0.5, 0.25, 0.25)),
+    ("same size", (0.375, 0.5, 0.25, 0.5), (0.5, 0.5625, 0.25, 0.5)),
+    ("same size", (0.25, 0.25, 0.125, 0.25), (0.75, 0.75, 0.125, 0.25)),
+    ("apart", (0.25, 0.25, 0.25, 0.25), (0.75, 0.75, 0.125, 0.375)),
+    ("apart", (0.125, 0.5, 0.125, 0.25), (0.875, 0.375, 0.125, 0.5)),
+    ("apart", (0.25, 0.75, 0.125, 0.125), (0.625, 0.25, 0.375, 0.125)),
+    ("nested", (0.5, 0.5, 0.25, 0.5), (0.5, 0.5, 0.5, 0.75)),
+    ("nested", (0.5, 0.5, 0.5, 0.75), (0.4375, 0.5625, 0.25, 0.25)),
+    ("aligned", (0.25, 0.5, 0.25, 0.5), (0.5, 0.5, 0.25, 0.5)),
+    ("touching", (0.25, 0.25, 0.25, 0.25), (0.5, 0.375, 0.25, 0.25)),
+    ("crossing", (0.5, 0.5, 0.75, 0.125), (0.5, 0.5, 0.125, 0.75)),
+    ("identical", (0.5, 0.5, 0.25, 0.375), (0.5, 0.5, 0.25, 0.375)),
+    ("identical", (0.3, 0.7, 0.05, 0.02), (0.3, 0.7, 0.05, 0.02)),
+    ("identical", (0.61, 0.37, 0.001, 0.001), (0.61, 0.37, 0.001, 0.001)),
+    ("tiny", (0.5, 0.5, 0.004, 0.002), (0.501, 0.5, 0.003, 0.003)),
+    ("outside", (0.0625, 0.5, 0.375, 0.25), (0.125, 0.5, 0.5, 0.25)),
+    ("outside", (0.9375, 0.9375, 0.5, 0.25), (0.8125, 0.875, 0.25, 0.5)),
+    ("outside", (0.5, 0.5, 1.5, 0.5), (0.5, 0.4375, 1.25, 1.25)),
+)
+
+
+def _pair_cases(bound: Bound) -> Iterator[Case]:
+    for kind, pred, wanted in _PAIRS:
+        yield pair_case(pred, wanted, _one_class(bound), f"pair of boxes, {kind}")
+
+
+def _drawn_pair(bound: Bound, seed: int) -> Case:
+    rng = np.random.default_rng(seed)
+    pred = np.concatenate([rng.uniform(0.2, 0.8, 2), rng.uniform(0.05, 0.4, 2)])
+    wanted = np.concatenate([rng.uniform(0.2, 0.8, 2), rng.uniform(0.05, 0.4, 2)])
+    kind = str(rng.choice(["free", "near", "same size"]))
+    if kind == "near":
+        wanted = pred * np.exp(rng.normal(0, 0.2, 4))
+    if kind == "same size":
+        wanted[2:] = pred[2:]
+    return pair_case(pred, wanted, _one_class(bound), f"pair of boxes, {kind}, seed {seed}")
+
+
+def _one_class(bound: Bound) -> Options:
+    return bound.options.with_(num_classes=2) if "num_classes" in bound.varies else bound.options
+
+
+MOVES: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "moved together by (1/16, −1/8)": lambda b: b + torch.tensor([0.0625, -0.125, 0, 0]),
+    "mirrored left to right": lambda b: b * torch.tensor([-1.0, 1, 1, 1]) + torch.tensor([1.0, 0, 0, 0]),
+    "half as wide": lambda b: b * torch.tensor([0.5, 1, 0.5, 1]),
+    "a quarter as high": lambda b: b * torch.tensor([1, 0.25, 1, 0.25]),
+}
+SWAPPED = "prediction and target swapped"
+FARTHER = "farther apart"
+
+
+def _moved(bound: Bound, case: Case) -> Seen:
+    """The pair itself, swapped, moved, mirrored and scaled; apart boxes also farther apart."""
+    pred, wanted = case.outputs["pred_boxes"][0, 0], case.targets[0]["boxes"][0]
+    pairs = {SWAPPED: (wanted, pred)} | {name: (move(pred), move(wanted)) for name, move in MOVES.items()}
+    if "apart" in case.label:
+        away = (pred - wanted) * torch.tensor([0.5, 0.5, 0, 0])
+        pairs[FARTHER] = (pred + away, wanted)
+    twins = {
+        name: _value(bound, pair_case(a, b, case.options, f"{case.label}, {name}")) for name, (a, b) in pairs.items()
+    }
+    return replace(_losses(bound, case), twins=twins)
+
+
+PAIRS = Experiment("pairs", "one pair of boxes", _pair_cases, _drawn_pair, _moved, share=0.3)
+
+
+# --- duels ---
+
+DUELS_EACH = 8
+KINDS = ("class", "bbox", "giou", "all", "other weights", "other loss weights", "other focal")
+
+
+def _duels(bound: Bound) -> Iterator[Case]:
+    for kind in KINDS:
+        for seed in range(DUELS_EACH):
+            yield duel_case(seed, kind, bound.options, bound.varies)
+
+
+def _drawn_duel(bound: Bound, seed: int) -> Case:
+    return duel_case(seed, KINDS[seed % len(KINDS)], bound.options, bound.varies)
+
+
+# --- assignments that every sensible cost agrees on ---
+
+
+def _certain(bound: Bound) -> Iterator[Case]:
+    """One image, equal class scores; L1 alone and GIoU alone choose the same assignment, clearly, and taking the
+    cheapest pair (or target by target) first does not."""
+    for seed, (n, queries) in enumerate(((1, 3), (2, 2), (2, 3), (3, 3), (2, 2), (3, 4), (2, 4), (3, 3))):
+        yield contested_case(1000 * seed, n, queries, _one_class(bound), greedy_fails=seed > 0)
+
+
+def _drawn_certain(bound: Bound, seed: int) -> Case:
+    return contested_case(1000 * seed, 2, 2 + seed % 2, _one_class(bound), greedy_fails=True)
+
+
+CERTAIN = Experiment(
+    "certain", "assignments that every cost agrees on", _certain, _drawn_certain, _losses_and_matcher, share=0.1
+)
+
+
+DUELS = Experiment(
+    "duels", "two queries that cost nearly the same", _duels, _drawn_duel, _losses_and_matcher, share=0.5
+)
+
+
+# --- the same thing twice, in other ways ---
+
+QUERIES, TARGETS, IMAGES = "queries permuted", "targets permuted", "images permuted"
+
+
+def _permuted(bound: Bound, case: Case) -> Seen:
+    turn = torch.Generator().manual_seed(1)
+
+    def queries(_layer: str, _key: str, value: Tensor) -> Tensor:
+        return value[:, _rotated(value.shape[1])]
+
+    def targets(target: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        order = torch.randperm(len(target["labels"]), generator=turn)
+        return {k: v if k == "positive_map" else v[order] for k, v in target.items()}
+
+    twins = {
+        QUERIES: case.with_predictions(queries),
+        TARGETS: replace(case, targets=tuple(map(targets, case.targets))),
+        IMAGES: case.images(_rotated(len(case.counts))),
+    }
+    return replace(_losses(bound, case), twins={k: _value(bound, c) for k, c in twins.items()})
+
+
+def _rotated(n: int) -> list[int]:
+    return [*range(1, n), 0] if n else []
+
+
+def _alone(bound: Bound, case: Case) -> Seen:
+    twins = {f"image {b} alone": _losses_and_matcher(bound, case.images([b])) for b in range(len(case.counts))}
+    return replace(_losses_and_matcher(bound, case), twins=twins)
+
+
+def _relayered(bound: Bound, case: Case) -> Seen:
+    """Every auxiliary layer's predictions as the final output of a call of their own; and gradients by layer."""
+    twins = {}
+    for layer in case.layers[1:]:
+        if layer.startswith("aux"):
+            outputs = {k: v for k, v in case.outputs.items() if k not in ("aux_outputs", case.options.encoder_key)}
+            alone = replace(case, outputs={**outputs, **case.predictions(layer)}, label=f"{case.label}, {layer} alone")
+            twins[layer] = _value(bound, alone)
+    return replace(_losses(bound, case), twins=twins, crossed=gradients_by_layer(bound, case))
+
+
+PADDED = "three masked tokens appended"
+OTHER_LOGITS = "other logits outside text_mask"
+
+
+def _padded(bound: Bound, case: Case) -> Seen:
+    def longer(value: Tensor, filler: float) -> Tensor:
+        return torch.cat([value, torch.full((*value.shape[:-1], 3), filler, dtype=value.dtype)], -1)
+
+    padded = case.with_predictions(lambda _l, key, v: longer(v, 2.0) if key == "pred_logits" else v)
+    padded = replace(
+        padded,
+        outputs={**padded.outputs, "text_mask": longer(case.outputs["text_mask"], False)},
+        targets=tuple(
+            {k: longer(v, 0) if k in ("token_labels", "positive_map") else v for k, v in t.items()}
+            for t in case.targets
+        ),
+    )
+    outside = ~case.outputs["text_mask"][:, None]
+    other = case.with_predictions(
+        lambda _l, key, v: torch.where(outside, 1 - v.nan_to_num(neginf=0.0), v) if key == "pred_logits" else v
+    )
+    return replace(_losses(bound, case), twins={PADDED: _value(bound, padded), OTHER_LOGITS: _value(bound, other)})
+
+
+_CLEAR = [
+    Recipe(101, (1, 2, 3), 5, classes=3, aux=1, encoder_queries=5, tokens=11),
+    Recipe(102, (2, 0, 1), 4, classes=5, aux=2, encoder_queries=3, tokens=11),
+    Recipe(103, (3, 1), 6, classes=2, aux=1, encoder_queries=4),
+    Recipe(104, (2, 2, 1), 5, classes=6, aux=1, encoder_queries=6, tokens=14, edits=("end classes",)),
+    Recipe(105, (3,), 4, classes=3, aux=2),
+    Recipe(106, (1, 3, 1), 3, classes=4, aux=1, encoder_queries=4, tokens=11, edits=("masked -inf",)),
+]
+PERMUTED = Experiment(
+    "permuted",
+    "queries, targets and images in another order",
+    _from_recipes(_CLEAR),
+    _from_seed(_clear),
+    _permuted,
+    share=0.15,
+)
+ALONE = Experiment(
+    "alone", "images alone against the batch", _from_recipes(_CLEAR), _from_seed(_clear), _alone, share=0.15
+)
+LAYERS = Experiment(
+    "layers",
+    "a layer alone against the same layer as auxiliary",
+    _from_recipes(_CLEAR),
+    _from_seed(_clear),
+    _relayered,
+    share=0.15,
+)
+PROMPTS = Experiment(
+    "prompts", "text padded and masked", _from_recipes(_CLEAR), _from_seed(_clear), _padded, share=0.15
+)
+
+AGAIN, EMPTIED, NEW, OTHER_SEED = "again", "without targets", "with a new criterion", "under another random state"
+
+
+def _again(bound: Bound, case: Case) -> Seen:
+    """A call, another one without targets, the first again: all on one criterion; then once on a new one."""
+    try:
+        criterion = bound.build(case.options)
+    except Exception:
+        return _losses(bound, case)
+    none = replace(
+        case,
+        label=f"{case.label}, without targets",
+        targets=tuple({k: v if k == "positive_map" else v[:0] for k, v in t.items()} for t in case.targets),
+    )
+    _seed_everything(1)
+    before = _random_states()
+    first = _losses_and_matcher(bound, case, criterion)
+    after = _random_states()
+    moved = [name for name in before if before[name] != after[name]]
+    twins = {
+        EMPTIED: _losses_and_matcher(bound, none, criterion),
+        AGAIN: _losses_and_matcher(bound, case, criterion),
+        NEW: _losses_and_matcher(bound, case),
+    }
+    _seed_everything(2)
+    twins[OTHER_SEED] = _value(bound, case)
+    return replace(first, twins=twins, remarks={"random state moved": " and ".join(moved)})
+
+
+def _seed_everything(seed: int) -> None:
+    torch.manual_seed(seed)
+    np.random.seed(seed)
+    random.seed(seed)
+
+
+def _random_states() -> dict[str, bytes]:
+    return {
+        "torch": torch.get_rng_state().numpy().tobytes(),
+        "numpy": repr(np.random.get_state()[1:]).encode() + np.random.get_state()[1].tobytes(),  # type: ignore[index, union-attr]
+        "random": repr(random.getstate()).encode(),
+    }
+
+
+REPEATED = Experiment(
+    "repeated",
+    "the same call again",
+    _from_recipes([*_CLEAR[:4], Recipe(107, (2, 2), 4, aux=1, edits=("copied query", "copied target"))]),
+    _from_seed(_clear),
+    _again,
+    share=0.1,
+)
+
+EXPERIMENTS = (
+    BATCH, EDGES, PAIRS, CERTAIN, DUELS, CONFIGURED, EXTREMES, PERMUTED, ALONE, LAYERS, PROMPTS, REPEATED,
+)  # fmt: skip

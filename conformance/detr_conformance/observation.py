@@ -1,0 +1,301 @@
+"""What a candidate returned for a case, in a form that checks can read, and how it is called.
+
+The candidate is foreign code: whatever it does short of ending the process becomes part of the observation.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from detr_conformance.candidate import Bound
+from detr_conformance.cases import ENC, Case
+from detr_reference.textbook import TERMS, Pairs
+
+Grads = tuple[Tensor | None, Tensor | None]
+
+
+@dataclass(frozen=True, eq=False)
+class Observation:
+    """What one call returned.
+
+    ``raised``: the exception in one line, or "" · ``losses``: every real scalar by its contract name · ``odd``: what
+    every other returned value is instead · ``grads``: by (term, layer) the gradients of logits and boxes of the sum
+    of that term's losses, None where the output got none · ``attached``: keys whose value requires gradient ·
+    ``pairs``: what the matcher returned by layer · ``no_matcher``: why there is none, or what is wrong with what it
+    returned · ``weights``: weight_dict · ``changed``: which input the call changed · ``devices``: by key.
+    """
+
+    case: Case
+    raised: str = ""
+    losses: Mapping[str, float] = field(default_factory=dict)
+    odd: Mapping[str, str] = field(default_factory=dict)
+    grads: Mapping[tuple[str, str], Grads] = field(default_factory=dict)
+    attached: frozenset[str] = frozenset()
+    pairs: Mapping[str, list[Pairs]] = field(default_factory=dict)
+    no_matcher: str = ""
+    bad_pairs: str = ""
+    weights: Mapping[str, float] | None = None
+    changed: str = ""
+
+    @property
+    def keys(self) -> frozenset[str]:
+        """All keys that were returned."""
+        return frozenset(self.losses) | frozenset(self.odd)
+
+
+_on_call: list[Callable[[str], None]] = []
+
+
+@contextmanager
+def watched(on_call: Callable[[str], None]) -> Iterator[None]:
+    """Tell ``on_call`` before ("what is being called") and after ("") every call of foreign code."""
+    _on_call.append(on_call)
+    try:
+        yield
+    finally:
+        _on_call.pop()
+
+
+@contextmanager
+def foreign(what: str) -> Iterator[None]:
+    """Around every call of foreign code."""
+    for tell in _on_call:
+        tell(what)
+    try:
+        yield
+    finally:
+        for tell in _on_call:
+            tell("")
+
+
+def observe(
+    bound: Bound, case: Case, *, criterion: Any = None, grads: bool = True, matcher: bool = True
+) -> Observation:
+    """Call the candidate on a case, with a criterion built for it unless one is given."""
+    outputs, targets, leaves = case.fresh()
+    raised = ""
+    returned: Any = None
+    with foreign(case.label):
+        try:
+            if criterion is None:
+                criterion = bound.build(case.options)
+            before = _snapshot((outputs, targets))
+            returned = criterion(outputs, targets)
+            changed = _difference(before, _snapshot((outputs, targets)))
+        except (Exception, SystemExit, RecursionError) as error:
+            raised = said(error)
+    if not raised and not isinstance(returned, Mapping):
+        raised = f"returned {_what(returned)}, not a dict of losses"
+    if raised:
+        return Observation(case, raised=raised)
+    named = {_renamed(str(k), bound.candidate.rename): v for k, v in returned.items()}
+    losses, odd = {}, {}
+    for key, value in named.items():
+        strange = _strange(value)
+        if strange:
+            odd[key] = strange
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            losses[key] = float(value)  # odd, yet its number can be judged
+        elif isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex():
+            losses[key] = float(value.detach())
+    found: dict[tuple[str, str], Grads] = {}
+    if grads:
+        with foreign(f"backward of {case.label}"):
+            try:
+                found = _gradients(case, named, leaves)
+            except Exception as error:
+                return Observation(case, raised=f"backward raised {said(error)}", losses=losses, odd=odd)
+    pairs, no_matcher, bad = _matches(criterion, case) if matcher else ({}, "not asked", "")
+    return Observation(
+        case=case,
+        losses=losses,
+        odd=odd,
+        grads=found,
+        attached=frozenset(k for k, v in named.items() if isinstance(v, Tensor) and v.requires_grad),
+        pairs=pairs,
+        no_matcher=no_matcher,
+        bad_pairs=bad,
+        weights=_weights(criterion, bound),
+        changed=changed,
+    )
+
+
+def gradients_by_layer(bound: Bound, case: Case) -> dict[str, dict[str, Grads]]:
+    """For every layer: the gradients of the sum of its trained losses with respect to every layer's predictions.
+
+    Empty where the candidate raises; whoever calls has observed that already.
+    """
+    outputs, targets, leaves = case.fresh()
+    with foreign(case.label):
+        try:
+            returned = bound.build(case.options)(outputs, targets)
+            named = {_renamed(str(k), bound.candidate.rename): v for k, v in returned.items()}
+            return {layer: _grad(_sum(named, case.keys(layer)), leaves) for layer in case.layers}
+        except Exception:
+            return {}
+
+
+def said(error: BaseException) -> str:
+    """An exception in one short line."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+
+
+def as_pairs(raw: Any, case: Case, queries: int) -> list[Pairs]:
+    """A matcher's answer as Pairs, whatever its container, order and integer dtype. Raises ValueError saying what is
+    wrong with it."""
+    if isinstance(raw, Mapping) and "indices" in raw:
+        raw = raw["indices"]
+    if not isinstance(raw, Sequence) or len(raw) != len(case.counts):
+        raise ValueError(f"returned {_what(raw)}; it must be a list of {len(case.counts)} pairs, one an image")
+    found = []
+    for b, (pair, n) in enumerate(zip(raw, case.counts, strict=True)):
+        try:
+            query, target = pair
+            query, target = _index(query), _index(target)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"image {b}: {error}; it must be (query indices, target indices)") from None
+        if len(query) != len(target):
+            raise ValueError(f"image {b}: {len(query)} query and {len(target)} target indices; they must be as many")
+        for name, index, size in (("query", query, queries), ("target", target, n)):
+            if len(index) and not 0 <= int(index.min()) <= int(index.max()) < size:
+                raise ValueError(f"image {b}: a {name} index of {index.tolist()} is outside 0..{size - 1}")
+        order = query.argsort()
+        found.append(Pairs(query[order], target[order]))
+    return found
+
+
+def _index(values: Any) -> Tensor:
+    index = values if isinstance(values, Tensor) else torch.as_tensor(values)
+    if index.ndim != 1:
+        raise ValueError(f"indices have {index.ndim} dimensions, not one")
+    if len(index) and (index.is_floating_point() or index.dtype is torch.bool):
+        raise ValueError(f"indices are {index.dtype}, not integers")
+    return index.detach().cpu().long()
+
+
+def _matches(criterion: Any, case: Case) -> tuple[dict[str, list[Pairs]], str, str]:
+    matcher = getattr(criterion, "matcher", None)
+    if not callable(matcher):
+        return {}, "the criterion has no matcher that can be called", ""
+    found: dict[str, list[Pairs]] = {}
+    outputs, targets, _ = case.fresh()
+    for layer in case.layers:
+        part = {k: v.detach().clone() for k, v in case.predictions(layer).items()}
+        if "text_mask" in outputs:
+            part["text_mask"] = outputs["text_mask"]
+        own = [dict(t) for t in targets]
+        if layer == ENC and case.options.encoder_targets == "class-zero":
+            own = [{**t, "labels": torch.zeros_like(t["labels"])} for t in own]
+        with foreign(f"matcher on {case.label}"):
+            try:
+                raw = matcher(part, own)
+            except TypeError as error:
+                return {}, f"matcher(outputs, targets) cannot be called: {said(error)}", ""
+            except Exception as error:
+                return found, "", f"{layer}: raised {said(error)}"
+        try:
+            found[layer] = as_pairs(raw, case, part["pred_logits"].shape[1])
+        except ValueError as error:
+            return found, "", f"{layer}: {error}"
+    return found, "", ""
+
+
+def _weights(criterion: Any, bound: Bound) -> dict[str, float] | None:
+    weights = getattr(criterion, "weight_dict", None)
+    if not isinstance(weights, Mapping):
+        return None
+    found = {}
+    for key, value in weights.items():
+        try:
+            found[_renamed(str(key), bound.candidate.rename)] = float(value)
+        except (TypeError, ValueError):
+            found[str(key)] = math.nan
+    return found
+
+
+def _gradients(
+    case: Case, named: Mapping[str, Any], leaves: Mapping[str, tuple[Tensor, Tensor]]
+) -> dict[tuple[str, str], Grads]:
+    found: dict[tuple[str, str], Grads] = {}
+    for term in TERMS:
+        total = _sum(named, [f"loss_{term}{case.suffix(layer)}" for layer in case.layers])
+        found |= {(term, layer): pair for layer, pair in _grad(total, leaves).items()}
+    return found
+
+
+def _sum(named: Mapping[str, Any], keys: Sequence[str]) -> Tensor | None:
+    """The sum of those losses that can be differentiated, or None."""
+    parts = [named[k] for k in keys if isinstance(named.get(k), Tensor) and named[k].requires_grad]
+    return torch.stack([p.sum().double() for p in parts]).sum() if parts else None
+
+
+def _grad(total: Tensor | None, leaves: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Grads]:
+    if total is None:
+        return dict.fromkeys(leaves, (None, None))
+    flat = [leaf for pair in leaves.values() for leaf in pair]
+    grads = torch.autograd.grad(total, flat, allow_unused=True, retain_graph=True)
+    wide = [None if g is None else g.detach().double() for g in grads]
+    return {layer: (wide[2 * i], wide[2 * i + 1]) for i, layer in enumerate(leaves)}
+
+
+def _renamed(key: str, rename: Mapping[str, str]) -> str:
+    for theirs in sorted(rename, key=len, reverse=True):
+        if key == theirs or key.startswith(f"{theirs}_"):
+            return rename[theirs] + key[len(theirs) :]
+    return key
+
+
+def _strange(value: Any) -> str:
+    """What a loss is, where it is not a real scalar tensor on the CPU; else ""."""
+    if not isinstance(value, Tensor):
+        return _what(value)
+    if value.ndim:
+        return f"a tensor of shape {list(value.shape)}"
+    if not value.is_floating_point():
+        return f"a tensor of {value.dtype}"
+    return "" if value.device.type == "cpu" else f"a tensor on {value.device}"
+
+
+def _what(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {list(value.shape)}"
+    return "None" if value is None else f"a {type(value).__name__}"
+
+
+def _snapshot(value: Any, path: str = "") -> dict[str, Any]:
+    """Every tensor (cloned), length and plain value below ``value`` by its path."""
+    if isinstance(value, Tensor):
+        return {path: value.detach().clone()}
+    if isinstance(value, Mapping):
+        found = {f"{path} keys": tuple(map(str, value))}
+        for key, inner in value.items():
+            found |= _snapshot(inner, f"{path}[{key!r}]")
+        return found
+    if isinstance(value, (list, tuple)):
+        found = {f"{path} length": len(value)}  # type: ignore[dict-item]
+        for i, inner in enumerate(value):
+            # the two arguments of a call read better by their names
+            found |= _snapshot(inner, f"{path}[{i}]" if path else ("outputs", "targets")[i])
+        return found
+    return {path: value}
+
+
+def _difference(before: dict[str, Any], after: dict[str, Any]) -> str:
+    """The first place where two snapshots differ, in words; else ""."""
+    for path, old in before.items():
+        new = after.get(path)
+        if isinstance(old, Tensor):
+            same = isinstance(new, Tensor) and old.shape == new.shape and old.dtype == new.dtype
+            if not same or not torch.equal(old.nan_to_num(), new.nan_to_num()):  # type: ignore[union-attr]
+                return f"{path} was changed"
+        elif old != new:
+            return f"{path} were {old}, are {new}" if path.endswith("keys") else f"{path} was {old}, is {new}"
+    return ""

@@ -1,0 +1,305 @@
+"""From a candidate to findings.
+
+``Judge`` does the work, in a process of its own (see ``isolation``): it binds the candidate, calls it once to see that
+the wiring is right, and runs experiments when a finding of theirs is asked for. ``judge`` asks for all of them.
+"""
+
+from __future__ import annotations
+
+import platform
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, Final
+
+import numpy as np
+
+from detr_conformance import messages, shrink
+from detr_conformance.candidate import Bound, CandidateError, bind
+from detr_conformance.cases import Case, Recipe, build
+from detr_conformance.experiments import Experiment
+from detr_conformance.findings import Evidence, Finding, Report
+from detr_conformance.observation import observe
+from detr_conformance.registry import Check, Comparison, checks, near
+from detr_conformance.seen import Seen
+from detr_reference.options import PROFILES
+
+EFFORTS: Final = {"quick": 0, "standard": 100, "deep": 3000}
+LEVELS: Final = ("must", "should")
+SMOKE: Final = "smoke"
+
+
+class ConformanceError(ValueError):
+    """A wrong use of the suite: one sentence that names the argument and what would be right."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a candidate is judged. Raises ConformanceError that names a wrong argument and the nearest right one."""
+
+    profile: str | None = None
+    level: str = "must"
+    effort: str = "standard"
+    device: str = "cpu"
+    seed: int = 0
+    clauses: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        known: dict[str, tuple[Any, Sequence[str]]] = {
+            "level": (self.level, LEVELS),
+            "effort": (self.effort, tuple(EFFORTS)),
+            "device": (self.device, ("cpu",)),
+        }
+        if self.profile is not None:
+            known["profile"] = (self.profile, tuple(PROFILES))
+        for name, (value, allowed) in known.items():
+            if value not in allowed:
+                raise ConformanceError(
+                    f"unknown {name} {value!r}; it must be one of {', '.join(allowed)}{near(str(value), allowed)}"
+                )
+        try:
+            checks(only=self.clauses)
+        except ValueError as error:
+            raise ConformanceError(str(error)) from None
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What was bound: the candidate's name, its profile and why that one, its options, and remarks said aloud."""
+
+    name: str
+    profile: str
+    profile_from: str
+    options: dict[str, Any]
+    notes: tuple[str, ...]
+    smoke: Finding
+
+
+@dataclass
+class _Tally:
+    """What one check found in one experiment."""
+
+    check: Check
+    decided: int = 0
+    failing: tuple[Case, Comparison] | None = None
+
+
+class Judge:
+    """Judges one candidate. Experiments run when first asked for; the same settings give the same findings."""
+
+    def __init__(self, spec: Any, settings: Settings) -> None:
+        import torch
+
+        torch.set_num_threads(1)
+        self.settings = settings
+        self.bound = bind(spec, settings.profile)
+        self._tallies: dict[str, dict[str, _Tally]] = {}
+        self._raised: dict[str, str] = {}
+
+    def identity(self) -> Identity:
+        """Who is judged; calls the candidate once to see that the wiring is right."""
+        bound = self.bound
+        notes = []
+        if "guessed" in bound.profile_from:
+            notes.append(f"profile {bound.profile}: {bound.profile_from}; name another with --conformance-profile=")
+        if not bound.candidate.own_weights:
+            notes.append("weight_dict is made by the adapter, so the clauses about its values are declined")
+        fixed = {"num_classes", "num_decoder_layers"} - bound.varies
+        if fixed:
+            notes.append(f"the factory does not name {', '.join(sorted(fixed))}: judged at {bound.profile}'s defaults")
+        return Identity(
+            bound.name, bound.profile, bound.profile_from, dict(bound.candidate.options), tuple(notes), smoke(bound)
+        )
+
+    def finding(self, name: str) -> Finding:
+        """The finding of one check."""
+        check = next(c for c in checks(self.bound.profile) if c.name == name)
+        tally = self._tally(check)
+        if tally.failing is None:
+            verdict = "pass" if tally.decided else "declined"
+            reason = "" if tally.decided else self._why_declined(check)
+            if not tally.decided and check.on.name in self._raised and self._raised[check.on.name]:
+                verdict, reason = "blocked", f"the candidate raises: {self._raised[check.on.name]}"
+            return _finding(check, verdict, reason, decided=tally.decided)
+        for earlier in check.after:
+            other = next((c for c in checks(self.bound.profile) if c.name == earlier), None)
+            if other is not None and self._tally(other).failing is not None:
+                return _finding(check, "blocked", f"blocked by {other.clause.id}, {other.name.replace('_', ' ')}")
+        evidence = self._evidence(check, *tally.failing)
+        message = messages.failure(
+            check.clause.id, check.clause.sentence, check.clause.level, evidence, self.bound.name
+        )
+        return _finding(check, "fail", message, evidence, tally.decided)
+
+    def _why_declined(self, check: Check) -> str:
+        if check.clause.id == "KEY-4":
+            return "the weights are not the candidate's own"
+        if check.clause.id == "MATCH-6":
+            return "the criterion has no matcher that can be called as matcher(outputs, targets)"
+        return "the candidate returns nothing, or lets no option vary, that would show it"
+
+    def _tally(self, check: Check) -> _Tally:
+        if check.on.name not in self._tallies:
+            self._tallies[check.on.name] = self._run(check.on)
+        return self._tallies[check.on.name][check.name]
+
+    def _run(self, experiment: Experiment) -> dict[str, _Tally]:
+        tallies = {c.name: _Tally(c) for c in checks(self.bound.profile) if c.on is experiment}
+        raised, returned = "", False
+        for case in self._cases(experiment):
+            seen = experiment.observe(self.bound, case)
+            if seen.raised:
+                raised = seen.raised
+            else:
+                returned = True
+            for tally in tallies.values():
+                for comparison in judged(tally.check, seen):
+                    tally.decided += 1
+                    if not comparison.ok and (tally.failing is None or _size(case) < _size(tally.failing[0])):
+                        tally.failing = (case, comparison)
+        self._raised[experiment.name] = "" if returned else raised
+        return tallies
+
+    def _cases(self, experiment: Experiment) -> Iterator[Case]:
+        yield from experiment.fixed(self.bound)
+        count = int(EFFORTS[self.settings.effort] * experiment.share)
+        if experiment.drawn is not None:
+            for seed in seeds(count, self.settings.seed, experiment.name):
+                yield experiment.drawn(self.bound, seed)
+
+    def _evidence(self, check: Check, case: Case, comparison: Comparison) -> Evidence:
+        def broken(candidate: Case) -> Comparison | None:
+            try:
+                seen = check.on.observe(self.bound, candidate)
+                return next((c for c in judged(check, seen) if not c.ok), None)
+            except Exception:  # a simplification that is no valid case
+                return None
+
+        small = shrink.smallest(case, lambda c: broken(c) is not None, "num_classes" in self.bound.varies)
+        found = broken(small) or comparison
+        return Evidence(case.label, messages.inputs(small), found.what, found.want, found.got, found.allowed, found.how)
+
+
+def judged(check: Check, seen: Seen) -> Iterator[Comparison]:
+    """What a check says of one observation; a candidate that raised is judged by the check that answers for that."""
+    if not seen.raised:
+        yield from check.judge(seen)
+    elif check.takes_raising:
+        yield Comparison(False, "the call", "a dict of losses", seen.raised)
+
+
+def seeds(count: int, seed: int, name: str) -> list[int]:
+    """``count`` seeds for the searched cases of an experiment: always the same for the same seed and name."""
+    rng = np.random.default_rng([seed, *name.encode()])
+    return [int(s) for s in rng.integers(1, 2**31, count)]
+
+
+def smoke(bound: Bound) -> Finding:
+    """One ordinary call: does the wiring hold? Names what is mis-wired before anything is judged."""
+    recipe = Recipe(1, (2, 1), 4, classes=3, aux=min(1, bound.options.num_decoder_layers - 1), encoder_queries=4)
+    case = build(recipe, bound.options, bound.varies)
+    got = observe(bound, case)
+    want, wrong = case.keys("final"), ""
+    if got.raised:
+        wrong = f"called with {messages.inputs(case).splitlines()[0]}: {got.raised}"
+    else:
+        missing = [k for k in want if k not in got.keys]
+        spare = sorted(got.keys - set(want))
+        if missing:
+            pairs = {m: near(m, spare).removeprefix("; did you mean ").rstrip("?") for m in missing}
+            hints = ", ".join(f"{theirs}: {ours!r}" for ours, theirs in pairs.items() if theirs)
+            wrong = (
+                f"returns {', '.join(sorted(got.keys)) or 'an empty dict'}; the contract's names are {', '.join(want)}"
+            )
+            wrong += f"; map them with Candidate(…, rename={{{hints}}})" if hints else ""
+    message = (
+        "" if not wrong else f"smoke  {bound.name}: the wiring is not right yet, nothing was judged\n      {wrong}"
+    )
+    return Finding(
+        SMOKE, "The candidate can be called and returns losses.", SMOKE, "must", "weights and keys",
+        "fail" if wrong else "pass", message,
+    )  # fmt: skip
+
+
+def judge(
+    candidate: Any,
+    *,
+    profile: str | None = None,
+    level: str = "must",
+    effort: str = "standard",
+    device: str = "cpu",
+    clauses: Sequence[str] = (),
+    seed: int = 0,
+    limit: float = 20.0,
+) -> Report:
+    """Judge a criterion against the contract.
+
+    ``candidate``: an entry point, module, ``module:attribute``, ``file.py:attribute``, a factory, a criterion, or a
+    ``Candidate``. ``limit``: seconds that one call may take. Raises ConformanceError or CandidateError where an
+    argument or the candidate cannot be used; whatever the candidate does when called is a finding.
+    """
+    from detr_conformance.isolation import Worker
+
+    selected = (clauses,) if isinstance(clauses, str) else tuple(clauses)
+    settings = Settings(profile, level, effort, device, seed, selected)
+    start = time.monotonic()
+    with Worker(candidate, settings, limit) as worker:
+        identity = worker.identity
+        found = [worker.finding(c) for c in checks(identity.profile, level, selected)]
+    return report(identity, settings, found, time.monotonic() - start)
+
+
+def report(identity: Identity, settings: Settings, findings: Sequence[Finding], seconds: float = 0.0) -> Report:
+    """The report of these findings; the smoke finding comes first where it failed."""
+    first = [identity.smoke] if identity.smoke.verdict != "pass" else []
+    return Report(
+        identity.name, identity.profile, identity.profile_from, settings.level, settings.effort, settings.seed,
+        identity.options, versions(), (*first, *findings), identity.notes, seconds,
+    )  # fmt: skip
+
+
+def blocked(check: Check, reason: str) -> Finding:
+    """A finding that could not be reached."""
+    return _finding(check, "blocked", reason)
+
+
+def ended(check: Check, candidate: str, how: str, doing: str) -> Finding:
+    """The finding of a check whose experiment the candidate hung in or ended the process of."""
+    clause = check.clause
+    evidence = Evidence(doing, doing or "before the first call", "the call", "a dict of losses", how)
+    return _finding(
+        check, "fail", messages.failure(clause.id, clause.sentence, clause.level, evidence, candidate), evidence
+    )
+
+
+def broken_suite(check: Check, error: BaseException) -> Finding:
+    """The finding of a bug of ours."""
+    return _finding(check, "error", "this is a bug in the suite:\n" + "".join(traceback.format_exception(error)))
+
+
+def versions() -> dict[str, str]:
+    """Versions of the suite and of what it runs on."""
+    found = {"python": platform.python_version()}
+    for name in ("detr-conformance", "torch", "numpy", "scipy"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "unknown"
+    return found
+
+
+def _finding(check: Check, verdict: str, message: str, evidence: Evidence | None = None, decided: int = 0) -> Finding:
+    clause = check.clause
+    return Finding(
+        clause.id, clause.sentence, check.name, clause.level, check.component, verdict, message, evidence,
+        decided=decided,
+    )  # fmt: skip
+
+
+def _size(case: Case) -> int:
+    return sum(v.numel() for n in case.layers for v in case.predictions(n).values()) + 4 * case.total
+
+
+__all__ = ["CandidateError", "ConformanceError", "Judge", "Settings", "judge", "replace"]

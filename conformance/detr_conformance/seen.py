@@ -1,0 +1,282 @@
+"""One case beside what the candidate and the textbook make of it.
+
+Values are compared at the candidate's own matching, so that a mistake in the matching does not show in the losses,
+nor the other way round, and a tie never decides a verdict. That matching is read off the box gradients: which queries
+get one, and towards which target it points.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from detr_conformance import tolerance
+from detr_conformance.candidate import Bound
+from detr_conformance.cases import Case
+from detr_conformance.observation import Grads, Observation
+from detr_reference.textbook import TERMS, Layer, Pairs, Textbook, textbook
+
+
+@dataclass(frozen=True, eq=False)
+class Expected:
+    """What the textbook returns for a case: float64 losses by key, and gradients by (term, layer)."""
+
+    losses: Mapping[str, float]
+    grads: Mapping[tuple[str, str], tuple[Tensor, Tensor]]
+
+
+def expect(book: Textbook, case: Case, given: Mapping[str, Sequence[Pairs]] | None = None) -> Expected:
+    """The textbook's result, each term's losses summed over the layers for its gradients."""
+    leaves: dict[str, dict[str, Tensor]] = {}
+
+    def leaf(layer: str, key: str, value: Tensor) -> Tensor:
+        new = value.double().requires_grad_()
+        leaves.setdefault(layer, {})[key] = new
+        return new
+
+    wide = case.with_predictions(leaf)
+    losses = book(wide.outputs, wide.targets, given).losses
+    flat = [t for pair in leaves.values() for t in pair.values()]
+    grads: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
+    for term in TERMS:
+        total = torch.stack([losses[f"loss_{term}{case.suffix(layer)}"] for layer in case.layers]).sum()
+        found = torch.autograd.grad(total, flat, retain_graph=True, allow_unused=True)
+        full = [torch.zeros_like(t) if g is None else g for g, t in zip(found, flat, strict=True)]
+        for i, layer in enumerate(leaves):
+            grads[term, layer] = (full[2 * i], full[2 * i + 1])
+    return Expected({k: float(v.detach()) for k, v in losses.items()}, grads)
+
+
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """One case, what the candidate returned for it, and what the textbook says.
+
+    ``twins``: the same of further calls of the experiment, by name · ``crossed``: gradients of each layer's losses
+    with respect to every layer · ``remarks``: facts of an experiment that are no loss.
+    """
+
+    bound: Bound
+    case: Case
+    got: Observation
+    twins: Mapping[str, Seen] = field(default_factory=dict)
+    crossed: Mapping[str, Mapping[str, Grads]] = field(default_factory=dict)
+    remarks: Mapping[str, str] = field(default_factory=dict)
+    _memo: dict[Any, Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def raised(self) -> str:
+        """The exception of the first call that raised, or ""."""
+        return next((s.got.raised for s in (self, *self.twins.values()) if s.got.raised), "")
+
+    @cached_property
+    def book(self) -> Textbook:
+        """The textbook under the case's options."""
+        return textbook.under(self.case.options)
+
+    @cached_property
+    def layers(self) -> Mapping[str, Layer]:
+        """The layers in float64."""
+        return {layer.name: layer for layer in self.book.layers(self.case.outputs)}
+
+    def targets(self, layer: str) -> Sequence[Mapping[str, Tensor]]:
+        """The targets that a layer is matched and trained with, in float64."""
+        found: Sequence[Mapping[str, Tensor]] = self.book.layer_targets(self.layers[layer], self._targets)
+        return found
+
+    @cached_property
+    def nb(self) -> float:
+        """The contract's divisor: max(N, 1)."""
+        return float(max(self.case.total, 1))
+
+    # --- the matching ---
+
+    @cached_property
+    def best(self) -> Mapping[str, list[Pairs]]:
+        """The textbook's own matching of every layer."""
+        none = Pairs(torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64))
+        return {
+            layer: [self.book.assign(self.costs(layer, b)) if n else none for b, n in enumerate(self.case.counts)]
+            for layer in self.case.layers
+        }
+
+    @cached_property
+    def pairs(self) -> Mapping[str, list[Pairs]]:
+        """The candidate's own matching of every layer."""
+        return {layer: self._pairs_of(layer) for layer in self.case.layers}
+
+    def costs(self, layer: str, image: int) -> Tensor:
+        """The textbook's matching cost [Q,n] of one image."""
+        at = ("costs", layer, image)
+        if at not in self._memo:
+            own = self.layers[layer]
+            with torch.no_grad():
+                found = self.book.cost(own.logits[image], own.boxes[image], self.targets(layer)[image])
+            self._memo[at] = found.nan_to_num(nan=1e4, posinf=1e4, neginf=-1e4)
+        cost: Tensor = self._memo[at]
+        return cost
+
+    def excess(self, layer: str, image: int) -> tuple[float, float]:
+        """By how much the candidate's matching of an image costs more than the least, and how much rounding
+        explains."""
+        pairs, best = self.pairs[layer][image], self.best[layer][image]
+        if pairs is best:
+            return 0.0, 0.0
+        return self._more(layer, image, pairs), tolerance.slack(self._allowed_cost(layer, image), pairs, best)
+
+    def decided(self, layer: str) -> bool:
+        """True where no other assignment of any image is as good within rounding."""
+        at = ("decided", layer)
+        if at not in self._memo:
+            self._memo[at] = all(self._decided(layer, b) for b in range(len(self.case.counts)))
+        return bool(self._memo[at])
+
+    def matched(self, layer: str) -> tuple[Tensor, Tensor]:
+        """The matched boxes of a layer and their targets, both [M,4] float64."""
+        found: tuple[Tensor, Tensor] = self.book.matched_boxes(
+            self.layers[layer], self.targets(layer), self.pairs[layer]
+        )
+        return found
+
+    # --- values ---
+
+    @cached_property
+    def want(self) -> Expected:
+        """The textbook at the candidate's own matching."""
+        return expect(self.book, self.case, self.pairs)
+
+    def allowed(self, term: str, layer: str) -> float:
+        """The allowed error of a loss at the candidate's own matching."""
+        at = ("allowed", term, layer)
+        if at not in self._memo:
+            if term == "ce":
+                self._memo[at] = self._allowed_class(self.layers[layer])
+            else:
+                of = tolerance.of_bbox if term == "bbox" else tolerance.of_giou
+                self._memo[at] = of(*self.matched(layer), self.nb)
+        return float(self._memo[at])
+
+    def agrees(self, term: str, layer: str) -> bool:
+        """True where the candidate's loss of this term and layer is the textbook's."""
+        key = f"loss_{term}{self.case.suffix(layer)}"
+        value = self.got.losses.get(key)
+        return value is not None and abs(value - self.want.losses[key]) <= self.allowed(term, layer)
+
+    # --- how it is found out ---
+
+    @cached_property
+    def _targets(self) -> list[dict[str, Tensor]]:
+        return [{k: v.double() if v.is_floating_point() else v for k, v in t.items()} for t in self.case.targets]
+
+    def _allowed_class(self, layer: Layer) -> float:
+        book, targets, pairs = self.book, self.targets(layer.name), self.pairs[layer.name]
+        images = list(zip(layer.logits, targets, pairs, strict=True))
+        if book.o.class_loss == "softmax":
+            w = book.class_weight(torch.cat([book.softmax_class_target(*image) for image in images]))
+            ce = self.want.losses[self.case.keys(layer.name)[0]]
+            return tolerance.of_softmax(layer.logits.flatten(0, 1), w, ce)
+        kind = book.token_class_target if book.o.class_loss == "token" else book.focal_class_target
+        mask = book.layer_mask(layer, self.case.outputs)
+        inside = torch.stack([book.in_loss(x, None if mask is None else mask[b]) for b, x in enumerate(layer.logits)])
+        y = torch.stack([kind(*image) for image in images])
+        divisor = float(book.class_divisor(torch.tensor(self.nb), pairs))
+        return tolerance.of_focal(book, layer.logits[inside], y[inside], divisor)
+
+    def _allowed_cost(self, layer: str, image: int) -> Tensor:
+        at = ("allowed cost", layer, image)
+        if at not in self._memo:
+            own, target = self.layers[layer], dict(self.targets(layer)[image])
+            self._memo[at] = tolerance.of_cost(self.book, own.logits[image], own.boxes[image], target)
+        allowed: Tensor = self._memo[at]
+        return allowed
+
+    def _more(self, layer: str, image: int, pairs: Pairs) -> float:
+        costs, best = self.costs(layer, image), self.best[layer][image]
+        return float(costs[pairs.query, pairs.target].sum() - costs[best.query, best.target].sum())
+
+    def _decided(self, layer: str, image: int) -> bool:
+        best = self.best[layer][image]
+        for q, t in zip(best.query.tolist(), best.target.tolist(), strict=True):
+            barred = self.costs(layer, image).clone()
+            barred[q, t] = 1e6
+            other = self.book.assign(barred)
+            more = self._more(layer, image, other)
+            if more <= tolerance.slack(self._allowed_cost(layer, image), other, best):
+                return False
+        return True
+
+    def _pairs_of(self, layer: str) -> list[Pairs]:
+        best, theirs = self.best[layer], self.got.pairs.get(layer)
+        grads = [self.got.grads.get((term, layer), (None, None))[1] for term in ("bbox", "giou")]
+        if all(g is None or not bool((g != 0).any()) for g in grads):
+            return theirs or best
+        rows = [_directions(g) for g in grads]
+        found = []
+        for b in range(len(best)):
+            own = [None if r is None else r[b] for r in rows]
+            if self._explains(layer, b, best[b], own):
+                found.append(best[b])
+            elif theirs and (self._explains(layer, b, theirs[b], own) or _supports(theirs[b], own)):
+                found.append(theirs[b])
+            else:
+                found.append(self._from_gradients(layer, b, own))
+        return found
+
+    def _unit_grads(self, layer: str, image: int) -> tuple[Tensor, Tensor]:
+        """Directions of the L1 and GIoU gradients [Q,n,4] that each query would get from each target."""
+        starts = self._unit_grads_of_all[0]
+        low, high, shape = starts[layer, image]
+        l1, giou = (g[low:high].reshape(shape) for g in self._unit_grads_of_all[1:])
+        return l1, giou
+
+    @cached_property
+    def _unit_grads_of_all(self) -> tuple[dict[tuple[str, int], tuple[int, int, tuple[int, ...]]], Tensor, Tensor]:
+        """The same for all layers and images in one go, as rows, and where each begins."""
+        starts, preds, wanteds, at = {}, [], [], 0
+        for layer, own in self.layers.items():
+            for b, target in enumerate(self.targets(layer)):
+                q, n = len(own.boxes[b]), len(target["boxes"])
+                preds.append(own.boxes[b][:, None].expand(q, n, 4).reshape(-1, 4))
+                wanteds.append(target["boxes"][None].expand(q, n, 4).reshape(-1, 4))
+                starts[layer, b] = (at, at + q * n, (q, n, 4))
+                at += q * n
+        pred, wanted = torch.cat(preds).requires_grad_(), torch.cat(wanteds)
+        giou = torch.autograd.grad((1 - self.book.giou(pred, wanted)).sum(), pred)[0]
+        return starts, _directions((pred - wanted).detach().sign()), _directions(giou)  # type: ignore[return-value]
+
+    def _explains(self, layer: str, image: int, pairs: Pairs, rows: list[Tensor | None]) -> bool:
+        """True where the candidate's gradient rows point as this matching makes them point."""
+        for want, row in zip(self._unit_grads(layer, image), rows, strict=True):
+            if row is not None:
+                expected = torch.zeros_like(row)
+                expected[pairs.query] = want[pairs.query, pairs.target]
+                if float((expected - row).abs().max()) > 0.05:
+                    return False
+        return True
+
+    def _from_gradients(self, layer: str, image: int, rows: list[Tensor | None]) -> Pairs:
+        """The matching that fits the candidate's gradient rows best: rows with gradient first, then by direction."""
+        misfit = 1e-9 * self.costs(layer, image) if self.case.counts[image] else torch.zeros(len(rows), 0)
+        for want, row in zip(self._unit_grads(layer, image), rows, strict=True):
+            if row is not None and misfit.numel():
+                misfit = misfit + (want - row[:, None]).norm(dim=-1).clamp(max=2)
+                misfit = misfit - 10 * (row.abs().sum(-1) > 0)[:, None].double()
+        query, target = linear_sum_assignment(misfit.numpy())
+        return Pairs(torch.from_numpy(query), torch.from_numpy(target))
+
+
+def _directions(rows: Tensor | None) -> Tensor | None:
+    if rows is None:
+        return None
+    return (rows / rows.norm(dim=-1, keepdim=True).clamp(min=1e-30)).nan_to_num()
+
+
+def _supports(pairs: Pairs, rows: list[Tensor | None]) -> bool:
+    """True where just the matched queries get a gradient."""
+    some = [row.abs().sum(-1) > 0 for row in rows if row is not None]
+    return sorted(pairs.query.tolist()) == torch.stack(some).any(0).nonzero()[:, 0].tolist()

@@ -1,0 +1,122 @@
+"""The smallest input on which a check still fails: fewer layers, images, targets, queries, classes, plainer numbers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from detr_conformance.cases import ENC, FINAL, Case
+
+ATTEMPTS = 60
+SECONDS = 1.5
+
+
+def smallest(case: Case, fails: Callable[[Case], bool], classes_vary: bool) -> Case:
+    """A case that ``fails`` still, and of which no single simplification does. ``fails`` must hold for ``case``.
+
+    Stops after ATTEMPTS calls, so that the result is the same on every machine; SECONDS bound a slow candidate.
+    """
+    end, left = time.monotonic() + SECONDS, ATTEMPTS
+    progress = True
+    while progress:
+        progress = False
+        for simpler in _simpler(case, classes_vary):
+            if not left or time.monotonic() > end:
+                return case
+            left -= 1
+            if fails(simpler):
+                case, progress = simpler, True
+                break
+    return case
+
+
+def _simpler(case: Case, classes_vary: bool) -> Iterator[Case]:
+    """Simplifications of a case, the boldest first."""
+    aux, images = len(case.outputs.get("aux_outputs", ())), len(case.counts)
+    if case.has_encoder:
+        yield replace(case, outputs={k: v for k, v in case.outputs.items() if k != case.options.encoder_key})
+    if aux:
+        yield _with_aux(case, 0, classes_vary)
+    if aux > 1:
+        yield _with_aux(case, 1, classes_vary)
+    if images > 1:
+        for b in range(images):
+            yield case.images([b])
+        for b in range(images if images > 2 else 0):
+            yield case.images([i for i in range(images) if i != b])
+    for b, n in enumerate(case.counts):
+        for t in range(n):
+            yield _without_target(case, b, t)
+    for layer in (FINAL, ENC) if case.has_encoder else (FINAL,):
+        size = case.predictions(layer)["pred_logits"].shape[1]
+        if size > 2:
+            yield _with_queries(case, layer, list(range(size // 2)))
+        for q in range(size if size > 1 else 0):
+            yield _with_queries(case, layer, [i for i in range(size) if i != q])
+    if classes_vary and case.options.class_loss != "token":
+        yield from _fewer_classes(case)
+    for change in (_flat_logits, _whole_logits, _grid_boxes):
+        simpler = change(case)
+        if simpler is not None:
+            yield simpler
+
+
+def _with_aux(case: Case, number: int, told: bool) -> Case:
+    outputs = {k: v for k, v in case.outputs.items() if k != "aux_outputs"}
+    if number:
+        outputs["aux_outputs"] = case.outputs["aux_outputs"][:number]
+    options = case.options.with_(num_decoder_layers=number + 1) if told else case.options
+    return replace(case, outputs=outputs, options=options)
+
+
+def _without_target(case: Case, image: int, target: int) -> Case:
+    def fewer(t: dict[str, Tensor]) -> dict[str, Tensor]:
+        keep = [i for i in range(len(t["labels"])) if i != target]
+        return {k: v if k == "positive_map" else v[keep] for k, v in t.items()}
+
+    return replace(case, targets=tuple(fewer(dict(t)) if b == image else t for b, t in enumerate(case.targets)))
+
+
+def _with_queries(case: Case, layer: str, keep: list[int]) -> Case:
+    """The encoder has queries of its own; all other layers share theirs."""
+    return case.with_predictions(lambda name, _key, v: v[:, keep] if (name == ENC) == (layer == ENC) else v)
+
+
+def _fewer_classes(case: Case) -> Iterator[Case]:
+    classes = case.options.num_classes
+    used = [int(label) for t in case.targets for label in t["labels"]]
+    if classes < 2 or max(used, default=0) >= classes - 1:
+        return
+    keep = [c for c in range(case.options.channels) if c != classes - 1]
+    fewer = case.with_predictions(lambda _l, key, v: v[..., keep] if key == "pred_logits" else v)
+    yield replace(fewer, options=case.options.with_(num_classes=classes - 1))
+
+
+def _changed(case: Case, wanted: str, change: Callable[[Tensor], Tensor]) -> Case | None:
+    new = case.with_predictions(lambda _l, key, v: change(v) if key == wanted else v)
+    same = all(torch.equal(new.predictions(n)[wanted], case.predictions(n)[wanted]) for n in case.layers)
+    return None if same else new
+
+
+def _flat_logits(case: Case) -> Case | None:
+    return _changed(case, "pred_logits", lambda v: torch.where(v.isinf(), v, torch.zeros_like(v)))
+
+
+def _whole_logits(case: Case) -> Case | None:
+    return _changed(case, "pred_logits", torch.round)
+
+
+def _on_grid(boxes: Tensor) -> Tensor:
+    grid = (boxes * 16).round() / 16
+    return torch.cat([grid[..., :2], grid[..., 2:].clamp(min=1 / 16)], -1)
+
+
+def _grid_boxes(case: Case) -> Case | None:
+    new = _changed(case, "pred_boxes", _on_grid)
+    return (
+        None if new is None else replace(new, targets=tuple({**t, "boxes": _on_grid(t["boxes"])} for t in case.targets))
+    )

@@ -1,0 +1,259 @@
+"""The set criterion: every supervised layer is matched, then class and box losses are summed over the batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .boxes import corners, giou
+from .classification import cardinality_error, class_error, cross_entropy, focal_loss_sum, widened
+from .matching import HungarianMatcher, Ints, Layer, Pairs, Targets, eager, read_layer, read_targets
+from .options import Options, options_of
+from .weights import loss_weights
+
+__all__ = ["HungarianMatcher", "SetCriterion", "build_criterion"]
+
+
+class SetCriterion(nn.Module):
+    """DETR's training loss and its kin's (facebookresearch/detr detr.py:83-255): losses by name, unweighted.
+
+    The total is Σ losses[k] · weight_dict[k] over the keys of both; other losses are for the log and carry no
+    gradient. The criterion has no state: its state_dict is empty.
+    """
+
+    def __init__(self, options: Options | None = None) -> None:
+        """Raises ValueError where the options do not go together."""
+        super().__init__()
+        self.options = options or Options()
+        for loss in self.options.losses:
+            if loss not in ("labels", "boxes", "cardinality"):
+                raise ValueError(f"losses={self.options.losses!r}: there are 'labels', 'boxes' and 'cardinality'")
+        if (self.options.class_divisor == "weights") != (self.options.class_loss == "softmax"):
+            raise ValueError("class_divisor='weights' belongs to class_loss='softmax', and to no other")
+        self.matcher = HungarianMatcher(self.options)
+        self.weight_dict = loss_weights(self.options)
+
+    @eager
+    def forward(self, outputs: Mapping[str, Any], targets: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """The losses of all layers: 0-d tensors on the outputs' device. Neither argument is changed.
+
+        ``outputs``: pred_logits [B, Q, C] and pred_boxes [B, Q, 4] (cx, cy, w, h in units of the image); where they
+        exist, aux_outputs (a list of the same), the encoder's (enc_outputs or interm_outputs), and text_mask [B, C],
+        True on the tokens of the prompt. ``targets``: for each image labels [n], boxes [n, 4] and, for a token loss,
+        token_labels [n, C], 1 on the tokens of the target's class.
+        Raises ValueError that names the argument where something is missing or does not fit.
+        """
+        layers = self._layers(outputs)
+        text_mask = _text_mask(outputs, layers) if self.options.class_loss == "token" else None
+        wanted = read_targets(targets, layers[0], self.options)
+        found = self.matcher.match(layers, wanted)
+        matches = [_Match.of(images, layer, wanted) for images, layer in zip(found, layers, strict=True)]
+        num_boxes = _num_boxes(sum(wanted.sizes), layers[0].boxes.device)
+        losses: dict[str, Tensor] = {}
+        if "labels" in self.options.losses:
+            losses |= self.loss_labels(layers, wanted, matches, num_boxes, text_mask)
+        if "boxes" in self.options.losses:
+            losses |= self.loss_boxes(layers, wanted, matches, num_boxes)
+        if "cardinality" in self.options.losses:
+            losses |= self.loss_cardinality(layers, wanted)
+        if self.options.weighted:
+            losses = {key: loss * self.weight_dict.get(key, 1.0) for key, loss in losses.items()}
+        return losses
+
+    def loss_labels(
+        self,
+        layers: Sequence[Layer],
+        targets: Targets,
+        matches: Sequence[_Match],
+        num_boxes: float,
+        text_mask: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """loss_ce over all queries of each layer, those without a match being no object, or negatives throughout;
+        and class_error of the final layer."""
+        options = self.options
+        softmax = options.class_loss == "softmax"
+        device = layers[0].logits.device
+        if text_mask is not None:
+            text_mask, targets = _prompts_only(text_mask, targets)
+        wanted = [
+            match.classes(layer, targets) if softmax else match.positives(layer, targets, text_mask)
+            for match, layer in zip(matches, layers, strict=True)
+        ]
+        losses = {}
+        for layer, match, index in zip(layers, matches, _on(device, wanted), strict=True):
+            if softmax:
+                loss = cross_entropy(layer.scores, index, options.eos_coef)
+            else:
+                loss = focal_loss_sum(layer.scores, index, options.focal_alpha, options.focal_gamma, text_mask)
+                loss = loss / (num_boxes if options.class_divisor == "boxes" else max(len(match.rows), 1))
+            losses[f"loss_ce{layer.suffix}"] = loss
+        if options.class_loss != "token":
+            rows, labels = _on(device, [matches[0].rows, targets.channel[matches[0].targets]])
+            losses["class_error"] = class_error(layers[0].logits.detach().flatten(0, 1)[rows], labels)
+        return losses
+
+    def loss_boxes(
+        self, layers: Sequence[Layer], targets: Targets, matches: Sequence[_Match], num_boxes: float
+    ) -> dict[str, Tensor]:
+        """loss_bbox = Σ |Δ|₁ / nb and loss_giou = Σ (1 − GIoU) / nb over the matched pairs of each layer."""
+        # All pairs of all layers at once: their queries are numbered through.
+        queries = torch.cat([widened(layer.boxes).flatten(0, 1) for layer in layers])
+        first = np.cumsum([0, *(layer.boxes.shape[0] * layer.boxes.shape[1] for layer in layers)])
+        rows, wanted = _on(
+            queries.device,
+            [
+                np.concatenate([match.rows + start for match, start in zip(matches, first, strict=False)]),
+                np.concatenate([match.targets for match in matches]),
+            ],
+        )
+        predicted, true = queries.index_select(0, rows), targets.boxes.index_select(0, wanted)
+        pairs = [len(match.rows) for match in matches]
+        l1 = torch.split((predicted - true).abs().sum(1), pairs)
+        overlap = torch.split(1 - giou(corners(predicted), corners(true), self.options.giou_eps), pairs)
+        losses = {}
+        for layer, of_bbox, of_giou in zip(layers, l1, overlap, strict=True):
+            losses[f"loss_bbox{layer.suffix}"] = of_bbox.sum() / num_boxes
+            losses[f"loss_giou{layer.suffix}"] = of_giou.sum() / num_boxes
+        return losses
+
+    def loss_cardinality(self, layers: Sequence[Layer], targets: Targets) -> dict[str, Tensor]:
+        """cardinality_error of each layer, for the log."""
+        sizes = torch.tensor(targets.sizes, device=layers[0].logits.device)
+        softmax = self.options.class_loss == "softmax"
+        return {
+            f"cardinality_error{layer.suffix}": cardinality_error(layer.logits.detach(), sizes, softmax)
+            for layer in layers
+        }
+
+    def _layers(self, outputs: Mapping[str, Any]) -> list[Layer]:
+        """The supervised layers: the final one first, then the auxiliary ones, then the encoder."""
+        options = self.options
+        layers = [read_layer(outputs, "outputs", "", options)]
+        for i, auxiliary in enumerate(outputs.get("aux_outputs", ())):
+            layers.append(read_layer(auxiliary, f"outputs['aux_outputs'][{i}]", f"{options.aux_suffix}{i}", options))
+        if options.has_encoder and options.encoder_key in outputs:
+            name = f"outputs[{options.encoder_key!r}]"
+            class_zero = options.encoder_targets == "class-zero"
+            layers.append(read_layer(outputs[options.encoder_key], name, options.encoder_suffix, options, class_zero))
+        for layer in layers:
+            if len(layer.boxes) != len(layers[0].boxes):
+                raise ValueError(f"{layer.name} has {len(layer.boxes)} images, but outputs has {len(layers[0].boxes)}")
+        return layers
+
+
+@dataclass(frozen=True)
+class _Match:
+    """The M matched pairs of one layer: their rows among its B·Q queries, and their numbers among the N targets."""
+
+    rows: Ints
+    targets: Ints
+
+    @classmethod
+    def of(cls, images: Sequence[Pairs], layer: Layer, targets: Targets) -> _Match:
+        """From the pairs of each image."""
+        queries = layer.boxes.shape[1]
+        return cls(
+            np.concatenate([b * queries + query for b, (query, _) in enumerate(images)]),
+            np.concatenate([first + target for first, (_, target) in zip(targets.start, images, strict=False)]),
+        )
+
+    def classes(self, layer: Layer, targets: Targets) -> Ints:
+        """The class of each query [B·Q] for a softmax: the last one, no object, where nothing is matched."""
+        batch, queries, channels = layer.scores.shape
+        classes = np.full(batch * queries, channels - 1)
+        classes[self.rows] = targets.channel[self.targets]
+        return classes
+
+    def positives(self, layer: Layer, targets: Targets, text_mask: Tensor | None) -> Ints:
+        """The flat indices, among B·Q·C logits (those that a text mask covers), of matched targets' channels."""
+        channels = layer.scores.shape[-1] if text_mask is None else text_mask.shape[-1]
+        if layer.class_zero:
+            targets = targets.as_class_zero()
+        row_of = np.full(len(targets.boxes), -1)
+        row_of[self.targets] = self.rows
+        row = row_of[targets.owner]
+        return (row * channels + targets.channel)[row >= 0]
+
+
+def _on(device: torch.device, arrays: Sequence[Ints]) -> Sequence[Tensor]:
+    """Index arrays as tensors on a device, in one transfer."""
+    return torch.split(torch.from_numpy(np.concatenate(arrays)).to(device), [len(array) for array in arrays])
+
+
+def _text_mask(outputs: Mapping[str, Any], layers: Sequence[Layer]) -> Tensor | None:
+    """text_mask [B, C], which only the final outputs hold; it serves all layers."""
+    mask: Tensor | None = outputs.get("text_mask")
+    if mask is None:
+        return None
+    for layer in layers:
+        batch, _, channels = layer.logits.shape
+        if tuple(mask.shape) != (batch, channels):
+            raise ValueError(
+                f"outputs['text_mask'] has the shape {list(mask.shape)}; "
+                f"{layer.name}['pred_logits'] needs {[batch, channels]}"
+            )
+    return mask.bool()
+
+
+def _prompts_only(text_mask: Tensor, targets: Targets) -> tuple[Tensor, Targets]:
+    """The mask up to the longest prompt's end, and the targets without tokens outside their image's prompt."""
+    mask = text_mask.cpu().numpy()
+    image = np.repeat(np.arange(len(mask)), targets.sizes)
+    kept = mask[image[targets.owner], targets.channel]
+    length = max(np.flatnonzero(mask.any(0)), default=-1) + 1
+    return text_mask[:, :length], replace(targets, owner=targets.owner[kept], channel=targets.channel[kept])
+
+
+def _num_boxes(targets: int, device: torch.device) -> float:
+    """nb: the mean number of targets of a process, at least 1 (facebookresearch/detr detr.py:231-236)."""
+    world = 1
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        total = torch.tensor(targets, device=device)
+        torch.distributed.all_reduce(total)
+        targets, world = int(total), torch.distributed.get_world_size()
+    return max(targets / world, 1.0)
+
+
+def build_criterion(
+    num_classes: int | None = None,
+    num_decoder_layers: int | None = None,
+    profile: str = "detr",
+    *,
+    class_loss: str | None = None,
+    focal_alpha: float | None = None,
+    focal_gamma: float | None = None,
+    focal_alpha_matcher: float | None = None,
+    focal_gamma_matcher: float | None = None,
+    eos_coef: float | None = None,
+    set_cost_class: float | None = None,
+    set_cost_bbox: float | None = None,
+    set_cost_giou: float | None = None,
+    ce_loss_coef: float | None = None,
+    bbox_loss_coef: float | None = None,
+    giou_loss_coef: float | None = None,
+    mask_loss_coef: float | None = None,
+    dice_loss_coef: float | None = None,
+    giou_eps: float | None = None,
+    class_divisor: str | None = None,
+    encoder_key: str | None = None,
+    encoder_suffix: str | None = None,
+    encoder_targets: str | None = None,
+    aux_suffix: str | None = None,
+    weighted: bool | None = None,
+    two_stage: bool | None = None,
+    losses: Sequence[str] | None = None,
+    **unknown: object,
+) -> SetCriterion:
+    """The criterion of a profile (detr, deformable-detr, dino, grounding-dino), with some of its options changed.
+
+    What each option means, and its default, stands in ``options.Options``; None leaves it at the profile's.
+    Raises ValueError for an unknown profile, option or value.
+    """
+    given = {name: value for name, value in locals().items() if name not in ("profile", "unknown")}
+    changes = {name: value for name, value in given.items() if value is not None}
+    return SetCriterion(options_of(profile).with_(**changes, **unknown))

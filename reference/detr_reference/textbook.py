@@ -1,0 +1,472 @@
+"""The contract's formulas, one short function each, in float64, per image and per layer.
+
+``textbook`` is a bundle of these functions: ``dataclasses.replace(textbook, giou=iou)`` is the same book with one
+formula changed, and everything that uses the formula follows. Each function takes the book first, so that it reads
+``book.giou(a, b)``, and the options of the criterion from ``book.o``. Nothing here is meant to be fast.
+
+Symbols: Q queries, K classes, T text tokens, n targets of one image, N of all, M matched pairs, nb the divisor,
+x logits, p = σ(x), y the class target.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from types import MethodType
+from typing import Any
+
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+from torch.nn import functional as F
+
+from detr_reference.options import Options
+
+Formula = Callable[..., Any]
+Targets = Sequence[Mapping[str, Tensor]]
+TERMS = ("ce", "bbox", "giou")
+
+
+@dataclass(frozen=True, eq=False)
+class Pairs:
+    """The matching of one image: ``query[i]`` and ``target[i]`` are a pair. Both are 1-D int64, equally long."""
+
+    query: Tensor
+    target: Tensor
+
+    def __len__(self) -> int:
+        return len(self.query)
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """One supervised layer: its name (``final``, ``aux0``, …, ``enc``), loss suffix, and predictions.
+
+    logits [B,Q,C], boxes [B,Q,4] cxcywh in units of the image.
+    """
+
+    name: str
+    suffix: str
+    logits: Tensor
+    boxes: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """What the book returns for one call: losses by key, and the matching of each layer by its name."""
+
+    losses: dict[str, Tensor]
+    matches: dict[str, list[Pairs]]
+
+
+# --- boxes (BOX) ----------------------------------------------------------------------------------------------------
+
+
+def corners(book: Textbook, boxes: Tensor) -> Tensor:
+    """BOX-1. cxcywh [...,4] to (x1, y1, x2, y2): cx ∓ w/2, cy ∓ h/2."""
+    cx, cy, w, h = boxes.unbind(-1)
+    return torch.stack([cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2], -1)
+
+
+def area(book: Textbook, c: Tensor) -> Tensor:
+    """Area of corner boxes [...,4]."""
+    return (c[..., 2] - c[..., 0]) * (c[..., 3] - c[..., 1])
+
+
+def intersection(book: Textbook, a: Tensor, b: Tensor) -> Tensor:
+    """I: the common area of corner boxes a and b, 0 where they are apart."""
+    low, high = torch.maximum(a[..., :2], b[..., :2]), torch.minimum(a[..., 2:], b[..., 2:])
+    sides = (high - low).clamp(min=0)
+    return sides[..., 0] * sides[..., 1]
+
+
+def union(book: Textbook, a: Tensor, b: Tensor, common: Tensor) -> Tensor:
+    """U = |a| + |b| − I."""
+    total: Tensor = book.area(a) + book.area(b) - common
+    return total
+
+
+def enclosing(book: Textbook, a: Tensor, b: Tensor) -> Tensor:
+    """H: the area of the smallest box around both."""
+    low, high = torch.minimum(a[..., :2], b[..., :2]), torch.maximum(a[..., 2:], b[..., 2:])
+    sides = high - low
+    return sides[..., 0] * sides[..., 1]
+
+
+def giou(book: Textbook, pred: Tensor, target: Tensor) -> Tensor:
+    """BOX-2. I/U − (H − U)/H of cxcywh boxes, broadcast; the ε option is added to both denominators.
+
+    Rezatofighi 2019, algorithm 1; facebookresearch/detr util/box_ops.py:41.
+    """
+    a, b = book.corners(pred), book.corners(target)
+    common = book.intersection(a, b)
+    both, hull = book.union(a, b, common), book.enclosing(a, b)
+    value: Tensor = common / (both + book.o.giou_eps) - (hull - both) / (hull + book.o.giou_eps)
+    return value
+
+
+def l1(book: Textbook, pred: Tensor, target: Tensor) -> Tensor:
+    """COST-6, NORM-1. |Δcx| + |Δcy| + |Δw| + |Δh| of cxcywh boxes, broadcast."""
+    return (pred - target).abs().sum(-1)
+
+
+# --- matching (COST, MATCH) -----------------------------------------------------------------------------------------
+
+
+def softmax_cost(book: Textbook, x: Tensor, target: Mapping[str, Tensor]) -> Tensor:
+    """COST-2. −softmax(x)[label] over all K + 1 channels: [Q,C] to [Q,n]."""
+    return -x.softmax(-1)[:, target["labels"]]
+
+
+def focal_difference(book: Textbook, x: Tensor) -> Tensor:
+    """COST-3. α(1−p)^γ(−log p) − (1−α)p^γ(−log(1−p)) elementwise."""
+    alpha, gamma = book.o.cost_alpha, book.o.cost_gamma
+    p, q = x.sigmoid(), (-x).sigmoid()
+    return alpha * q**gamma * F.softplus(-x) - (1 - alpha) * p**gamma * F.softplus(x)
+
+
+def focal_cost(book: Textbook, x: Tensor, target: Mapping[str, Tensor]) -> Tensor:
+    """COST-3. The focal difference at the label: [Q,K] to [Q,n]."""
+    cost: Tensor = book.focal_difference(x[:, target["labels"]])
+    return cost
+
+
+def token_cost(book: Textbook, x: Tensor, target: Mapping[str, Tensor]) -> Tensor:
+    """COST-4. The focal difference averaged over the tokens of the target's class: [Q,T] to [Q,n]."""
+    tokens = target["token_labels"] > 0
+    return torch.stack([book.focal_difference(x[:, own]).mean(-1) for own in tokens], -1)
+
+
+def class_cost(book: Textbook, x: Tensor, target: Mapping[str, Tensor]) -> Tensor:
+    """The class cost of the profile: logits [Q,C] to [Q,n]."""
+    kinds = {"softmax": book.softmax_cost, "focal": book.focal_cost, "token": book.token_cost}
+    cost: Tensor = kinds[book.o.class_loss](x, target)
+    return cost
+
+
+def cost(book: Textbook, x: Tensor, boxes: Tensor, target: Mapping[str, Tensor]) -> Tensor:
+    """COST-1. λ_cls·cls + λ_bbox·L1 − λ_giou·GIoU of one image: [Q,n]. facebookresearch/detr models/matcher.py:77."""
+    o, pred, wanted = book.o, boxes[:, None], target["boxes"][None]
+    total: Tensor = (
+        o.set_cost_class * book.class_cost(x, target)
+        + o.set_cost_bbox * book.l1(pred, wanted)
+        - o.set_cost_giou * book.giou(pred, wanted)
+    )
+    return total
+
+
+def assign(book: Textbook, costs: Tensor) -> Pairs:
+    """MATCH-1, 2. The one-to-one assignment of least total cost: [Q,n] to min(Q,n) pairs (Kuhn 1955)."""
+    query, target = linear_sum_assignment(costs.cpu().numpy())
+    return Pairs(torch.from_numpy(query), torch.from_numpy(target))
+
+
+def match(book: Textbook, layer: Layer, targets: Targets) -> list[Pairs]:
+    """MATCH-3. One assignment an image, on that image's predictions and targets alone."""
+    with torch.no_grad():
+        return [
+            book.assign(book.cost(x, b, t)) if len(t["boxes"]) else Pairs(_none(), _none())
+            for x, b, t in zip(layer.logits, layer.boxes, targets, strict=True)
+        ]
+
+
+def indices(book: Textbook, matches: Sequence[Pairs]) -> list[tuple[Tensor, Tensor]]:
+    """MATCH-6. The matching as a criterion's matcher returns it: one (query, target) an image."""
+    return [(m.query, m.target) for m in matches]
+
+
+# --- classification (CLS, TOKEN) ------------------------------------------------------------------------------------
+
+
+def class_weight(book: Textbook, y: Tensor) -> Tensor:
+    """CLS-1. 1 for a class, eos_coef for class K (no object)."""
+    return torch.where(y == book.o.num_classes, book.o.eos_coef, 1.0).double()
+
+
+def softmax_class_target(book: Textbook, x: Tensor, target: Mapping[str, Tensor], pairs: Pairs) -> Tensor:
+    """CLS-1. The class of every query of one image [Q]: its target's, or K."""
+    y = torch.full((len(x),), book.o.num_classes)
+    y[pairs.query] = target["labels"][pairs.target]
+    return y
+
+
+def softmax_loss(book: Textbook, layer: Layer, targets: Targets, matches: Sequence[Pairs]) -> Tensor:
+    """CLS-1. Σ w_y·nll / Σ w_y over all B·Q. facebookresearch/detr models/detr.py:108-127."""
+    images = zip(layer.logits, targets, matches, strict=True)
+    y = torch.cat([book.softmax_class_target(x, t, m) for x, t, m in images])
+    nll = -layer.logits.flatten(0, 1).log_softmax(-1).gather(-1, y[:, None])[:, 0]
+    w = book.class_weight(y)
+    return (w * nll).sum() / book.softmax_divisor(w, targets)
+
+
+def softmax_divisor(book: Textbook, w: Tensor, targets: Targets) -> Tensor:
+    """CLS-1, 2. Σ of the class weights, not the number of boxes."""
+    return w.sum()
+
+
+def focal_term(book: Textbook, x: Tensor, y: Tensor) -> Tensor:
+    """CLS-4, 5. α_t(1−p_t)^γ(−log p_t) elementwise, y in {0, 1}. Lin 2017, eq. 5."""
+    z = torch.where(y > 0, x, -x)  # p_t = σ(z)
+    return book.alpha_weight(y) * book.focusing(z) * F.softplus(-z)
+
+
+def alpha_weight(book: Textbook, y: Tensor) -> Tensor:
+    """CLS-4. α for positives, 1 − α for negatives."""
+    return torch.where(y > 0, book.o.focal_alpha, 1 - book.o.focal_alpha).double()
+
+
+def focusing(book: Textbook, z: Tensor) -> Tensor:
+    """CLS-5. (1 − p_t)^γ of z = logit of p_t."""
+    return (-z).sigmoid() ** book.o.focal_gamma
+
+
+def focal_class_target(book: Textbook, x: Tensor, target: Mapping[str, Tensor], pairs: Pairs) -> Tensor:
+    """CLS-3. One-hot rows [Q,K]; an unmatched query's row is all zero."""
+    y = torch.zeros_like(x)
+    y[pairs.query, target["labels"][pairs.target]] = 1
+    return y
+
+
+def token_class_target(book: Textbook, x: Tensor, target: Mapping[str, Tensor], pairs: Pairs) -> Tensor:
+    """TOKEN-1. [Q,T]: 1 on every token of the class; an unmatched query's row is all zero."""
+    y = torch.zeros_like(x)
+    y[pairs.query] = (target["token_labels"][pairs.target] > 0).to(y.dtype)
+    return y
+
+
+def in_loss(book: Textbook, x: Tensor, mask: Tensor | None) -> Tensor:
+    """TOKEN-2. Which entries of [Q,C] have a part in the loss: every class, or the tokens inside text_mask [T]."""
+    whole = torch.ones_like(x, dtype=torch.bool)
+    return whole if mask is None else whole & mask.bool()
+
+
+def focal_image(book: Textbook, x: Tensor, y: Tensor, inside: Tensor) -> Tensor:
+    """CLS-3, 6. The sum over queries and channels of one image."""
+    return book.focal_term(x[inside], y[inside]).sum()
+
+
+def focal_loss(
+    book: Textbook, layer: Layer, targets: Targets, matches: Sequence[Pairs], nb: Tensor, mask: Tensor | None
+) -> Tensor:
+    """CLS-3. Σ over all B·Q·C of the focal term / divisor. fundamentalvision/Deformable-DETR deformable_detr.py:220."""
+    kind = book.token_class_target if book.o.class_loss == "token" else book.focal_class_target
+    total = torch.zeros((), dtype=torch.float64)
+    for b, (x, t, m) in enumerate(zip(layer.logits, targets, matches, strict=True)):
+        total = total + book.focal_image(x, kind(x, t, m), book.in_loss(x, None if mask is None else mask[b]))
+    return total / book.class_divisor(nb, matches)
+
+
+def class_divisor(book: Textbook, nb: Tensor, matches: Sequence[Pairs]) -> Tensor:
+    """NORM-3. nb, or by option the layer's own matched pairs (Open-GroundingDino)."""
+    if book.o.class_divisor == "matches":
+        return torch.tensor(float(max(sum(map(len, matches)), 1)), dtype=torch.float64)
+    return nb
+
+
+# --- losses of a layer (NORM) ---------------------------------------------------------------------------------------
+
+
+def num_boxes(book: Textbook, targets: Targets) -> Tensor:
+    """NORM-3, 5. nb = max(N, 1). facebookresearch/detr models/detr.py:227-231."""
+    return torch.tensor(max(sum(len(t["boxes"]) for t in targets), 1), dtype=torch.float64)
+
+
+def matched_boxes(book: Textbook, layer: Layer, targets: Targets, matches: Sequence[Pairs]) -> tuple[Tensor, Tensor]:
+    """The matched predictions and their targets, both [M,4]."""
+    pred = torch.cat([b[m.query] for b, m in zip(layer.boxes, matches, strict=True)])
+    wanted = torch.cat([t["boxes"][m.target] for t, m in zip(targets, matches, strict=True)])
+    return pred, wanted
+
+
+def loss_ce(
+    book: Textbook, layer: Layer, targets: Targets, matches: Sequence[Pairs], nb: Tensor, mask: Tensor | None
+) -> Tensor:
+    """The class loss of the profile."""
+    loss: Tensor = (
+        book.softmax_loss(layer, targets, matches)
+        if book.o.class_loss == "softmax"
+        else book.focal_loss(layer, targets, matches, nb, mask)
+    )
+    return loss
+
+
+def loss_bbox(book: Textbook, pred: Tensor, wanted: Tensor, nb: Tensor) -> Tensor:
+    """NORM-1. Σ_pairs |Δ|₁ / nb, from [M,4] each. facebookresearch/detr models/detr.py:143-162."""
+    return book.l1(pred, wanted).sum() / nb
+
+
+def loss_giou(book: Textbook, pred: Tensor, wanted: Tensor, nb: Tensor) -> Tensor:
+    """NORM-1. Σ_pairs (1 − GIoU) / nb, from [M,4] each."""
+    return (1 - book.giou(pred, wanted)).sum() / nb
+
+
+def layer_losses(
+    book: Textbook, layer: Layer, targets: Targets, matches: Sequence[Pairs], nb: Tensor, mask: Tensor | None
+) -> dict[str, Tensor]:
+    """KEY-1. The trained losses of one layer under their keys."""
+    pred, wanted = book.matched_boxes(layer, targets, matches)
+    return {
+        f"loss_ce{layer.suffix}": book.loss_ce(layer, targets, matches, nb, mask),
+        f"loss_bbox{layer.suffix}": book.loss_bbox(pred, wanted, nb),
+        f"loss_giou{layer.suffix}": book.loss_giou(pred, wanted, nb),
+    }
+
+
+# --- layers, weights, the whole (LAYER, KEY) ------------------------------------------------------------------------
+
+
+def layers(book: Textbook, outputs: Mapping[str, Any]) -> list[Layer]:
+    """LAYER-1, 4. Every supervised layer of ``outputs``: final, aux0, aux1, …, enc."""
+    o = book.o
+    found = [Layer("final", "", outputs["pred_logits"], outputs["pred_boxes"])]
+    for i, aux in enumerate(outputs.get("aux_outputs", ())):
+        found.append(Layer(f"aux{i}", f"{o.aux_suffix}{i}", aux["pred_logits"], aux["pred_boxes"]))
+    if o.has_encoder and o.encoder_key in outputs:
+        enc = outputs[o.encoder_key]
+        found.append(Layer("enc", o.encoder_suffix, enc["pred_logits"], enc["pred_boxes"]))
+    return [replace(layer, logits=layer.logits.double(), boxes=layer.boxes.double()) for layer in found]
+
+
+def encoder_targets(book: Textbook, targets: Targets) -> Targets:
+    """LAYER-4. The encoder's targets: their own class, or class 0 (Deformable-DETR deformable_detr.py:373-379)."""
+    if book.o.encoder_targets == "real":
+        return targets
+    return [{**t, "labels": torch.zeros_like(t["labels"])} for t in targets]
+
+
+def layer_targets(book: Textbook, layer: Layer, targets: Targets) -> Targets:
+    """The targets that a layer is matched and trained with."""
+    wanted: Targets = book.encoder_targets(targets) if layer.name == "enc" else targets
+    return wanted
+
+
+def layer_match(book: Textbook, layer: Layer, every: Sequence[Layer], targets: Targets) -> list[Pairs]:
+    """MATCH-7. A layer is matched on its own predictions (``every``: all layers of the call)."""
+    found: list[Pairs] = book.match(layer, targets)
+    return found
+
+
+def layer_mask(book: Textbook, layer: Layer, outputs: Mapping[str, Any]) -> Tensor | None:
+    """LAYER-6. text_mask [B,T] holds for every layer; None where the profile has no text."""
+    return outputs.get("text_mask") if book.o.class_loss == "token" else None
+
+
+def layer_num_boxes(book: Textbook, layer: Layer, nb: Tensor, matches: Sequence[Pairs]) -> Tensor:
+    """NORM-4. One nb serves all layers."""
+    return nb
+
+
+def logged(book: Textbook, every: Sequence[Layer], targets: Targets) -> dict[str, Tensor]:
+    """KEY-5. Quantities for logging, without gradient and without weight: none here."""
+    return {}
+
+
+def losses(
+    book: Textbook,
+    outputs: Mapping[str, Any],
+    targets: Targets,
+    given: Mapping[str, Sequence[Pairs]],
+) -> Result:
+    """All losses of one call. A layer named in ``given`` takes that matching instead of its own."""
+    found: dict[str, Tensor] = {}
+    matches: dict[str, list[Pairs]] = {}
+    targets = [_in_float64(t) for t in targets]
+    every = book.layers(outputs)
+    nb = book.num_boxes(targets)
+    for layer in every:
+        own = book.layer_targets(layer, targets)
+        pairs = list(given[layer.name]) if layer.name in given else book.layer_match(layer, every, own)
+        matches[layer.name] = pairs
+        divisor = book.layer_num_boxes(layer, nb, pairs)
+        found |= book.layer_losses(layer, own, pairs, divisor, book.layer_mask(layer, outputs))
+    return Result(found | book.logged(every, targets), matches)
+
+
+def weights(book: Textbook) -> dict[str, float]:
+    """KEY-4. The weight of every trained loss; a suffix keeps its base's weight. facebookresearch/detr detr.py:334."""
+    o = book.o
+    base = {"loss_ce": o.ce_loss_coef, "loss_bbox": o.bbox_loss_coef, "loss_giou": o.giou_loss_coef}
+    suffixes = ["", *(f"{o.aux_suffix}{i}" for i in range(o.num_decoder_layers - 1))]
+    if o.has_encoder:
+        suffixes.append(o.encoder_suffix)
+    return {key + suffix: weight for suffix in suffixes for key, weight in base.items()}
+
+
+@dataclass(frozen=True, eq=False)
+class Textbook:
+    """The bundle. ``o``: the options; every other field: a formula, called as ``book.formula(…)``."""
+
+    o: Options = field(default_factory=Options)
+    corners: Formula = corners
+    area: Formula = area
+    intersection: Formula = intersection
+    union: Formula = union
+    enclosing: Formula = enclosing
+    giou: Formula = giou
+    l1: Formula = l1
+    softmax_cost: Formula = softmax_cost
+    focal_difference: Formula = focal_difference
+    focal_cost: Formula = focal_cost
+    token_cost: Formula = token_cost
+    class_cost: Formula = class_cost
+    cost: Formula = cost
+    assign: Formula = assign
+    match: Formula = match
+    class_weight: Formula = class_weight
+    softmax_class_target: Formula = softmax_class_target
+    softmax_loss: Formula = softmax_loss
+    softmax_divisor: Formula = softmax_divisor
+    focal_term: Formula = focal_term
+    alpha_weight: Formula = alpha_weight
+    focusing: Formula = focusing
+    focal_class_target: Formula = focal_class_target
+    token_class_target: Formula = token_class_target
+    in_loss: Formula = in_loss
+    focal_image: Formula = focal_image
+    focal_loss: Formula = focal_loss
+    class_divisor: Formula = class_divisor
+    num_boxes: Formula = num_boxes
+    matched_boxes: Formula = matched_boxes
+    loss_ce: Formula = loss_ce
+    loss_bbox: Formula = loss_bbox
+    loss_giou: Formula = loss_giou
+    layer_losses: Formula = layer_losses
+    layers: Formula = layers
+    encoder_targets: Formula = encoder_targets
+    layer_targets: Formula = layer_targets
+    layer_match: Formula = layer_match
+    layer_mask: Formula = layer_mask
+    layer_num_boxes: Formula = layer_num_boxes
+    logged: Formula = logged
+    losses: Formula = losses
+    indices: Formula = indices
+    weights: Formula = weights
+
+    def __post_init__(self) -> None:
+        # a formula becomes a method of this very bundle; replace() hands over methods of the old one, hence __func__
+        for f in fields(self):
+            if f.name != "o":
+                formula = getattr(self, f.name)
+                object.__setattr__(self, f.name, MethodType(getattr(formula, "__func__", formula), self))
+
+    def under(self, options: Options) -> Textbook:
+        """The same formulas under other options."""
+        return replace(self, o=options)
+
+    def __call__(
+        self, outputs: Mapping[str, Any], targets: Targets, given: Mapping[str, Sequence[Pairs]] | None = None
+    ) -> Result:
+        """All losses and matchings of one call; ``given`` fixes the matching of the layers it names."""
+        result: Result = self.losses(outputs, targets, given or {})
+        return result
+
+
+def _in_float64(target: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {k: v.double() if v.is_floating_point() else v for k, v in target.items()}
+
+
+def _none() -> Tensor:
+    return torch.zeros(0, dtype=torch.int64)
+
+
+textbook = Textbook()
