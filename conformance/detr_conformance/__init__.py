@@ -11,15 +11,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from detr_conformance.candidate import Candidate, CandidateError
+    from detr_conformance.candidate import Candidate
+    from detr_conformance.errors import CandidateError, ConformanceError
     from detr_conformance.findings import Finding, Report
-    from detr_conformance.runner import ConformanceError, judge
+    from detr_conformance.runner import judge
     from detr_conformance.testing import conformance_tests
 
 _HOME = {
     "Candidate": "candidate",
-    "CandidateError": "candidate",
-    "ConformanceError": "runner",
+    "CandidateError": "errors",
+    "ConformanceError": "errors",
     "Finding": "findings",
     "Report": "findings",
     "conformance_tests": "testing",

@@ -18,6 +18,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Final
 
+from detr_conformance.errors import CandidateError
 from detr_conformance.registry import near
 from detr_reference.options import PROFILES, Options, options_of
 
@@ -40,10 +41,6 @@ FACTORY_OPTIONS: Final = (
     "two_stage",
 )
 WEIGHT_OPTIONS: Final = frozenset({"ce_loss_coef", "bbox_loss_coef", "giou_loss_coef", "num_decoder_layers"})
-
-
-class CandidateError(ValueError):
-    """The candidate cannot be used as given: one sentence that says what is wrong and what would be right."""
 
 
 @dataclass(frozen=True)

@@ -39,16 +39,12 @@ class Experiment:
     share: float = 1.0
 
 
-def _losses(bound: Bound, case: Case) -> Seen:
-    return Seen(bound, case, observe(bound, case, matcher=False))
+def _call(bound: Bound, case: Case, criterion: Any = None) -> Seen:
+    return Seen(bound, case, observe(bound, case, criterion=criterion))
 
 
 def _value(bound: Bound, case: Case) -> Seen:
-    return Seen(bound, case, observe(bound, case, grads=False, matcher=False))
-
-
-def _losses_and_matcher(bound: Bound, case: Case, criterion: Any = None) -> Seen:
-    return Seen(bound, case, observe(bound, case, criterion=criterion))
+    return Seen(bound, case, observe(bound, case, grads=False))
 
 
 def _from_recipes(recipes: Sequence[Recipe]) -> Callable[[Bound], Iterator[Case]]:
@@ -170,7 +166,7 @@ BATCH = Experiment(
         ]
     ),
     _from_seed(_ordinary),
-    _losses,
+    _call,
 )
 
 EDGES = Experiment(
@@ -193,7 +189,7 @@ EDGES = Experiment(
         ]
     ),
     _from_seed(_odd),
-    _losses_and_matcher,
+    _call,
     share=0.5,
 )
 
@@ -214,7 +210,7 @@ EXTREMES = Experiment(
         ]
     ),
     _from_seed(_extreme),
-    _losses,
+    _call,
     share=0.5,
 )
 
@@ -247,9 +243,7 @@ def _configured_drawn(bound: Bound, seed: int) -> Case:
     return build(recipe, bound.options, bound.varies)
 
 
-CONFIGURED = Experiment(
-    "configured", "class loss under its options", _configured, _configured_drawn, _losses, share=0.3
-)
+CONFIGURED = Experiment("configured", "class loss under its options", _configured, _configured_drawn, _call, share=0.3)
 
 
 # --- pairs of boxes ---
@@ -320,10 +314,10 @@ def _moved(bound: Bound, case: Case) -> Seen:
     twins = {
         name: _value(bound, pair_case(a, b, case.options, f"{case.label}, {name}")) for name, (a, b) in pairs.items()
     }
-    return replace(_losses(bound, case), twins=twins)
+    return replace(_call(bound, case), twins=twins)
 
 
-PAIRS = Experiment("pairs", "one pair of boxes", _pair_cases, _drawn_pair, _moved, share=0.3)
+PAIRS = Experiment("pairs", "one pair of boxes", _pair_cases, _drawn_pair, _moved, share=0.15)
 
 
 # --- duels ---
@@ -352,18 +346,10 @@ def _certain(bound: Bound) -> Iterator[Case]:
         yield contested_case(1000 * seed, n, queries, _one_class(bound), greedy_fails=seed > 0)
 
 
-def _drawn_certain(bound: Bound, seed: int) -> Case:
-    return contested_case(1000 * seed, 2, 2 + seed % 2, _one_class(bound), greedy_fails=True)
+CERTAIN = Experiment("certain", "assignments that every cost agrees on", _certain, None, _call)
 
 
-CERTAIN = Experiment(
-    "certain", "assignments that every cost agrees on", _certain, _drawn_certain, _losses_and_matcher, share=0.1
-)
-
-
-DUELS = Experiment(
-    "duels", "two queries that cost nearly the same", _duels, _drawn_duel, _losses_and_matcher, share=0.5
-)
+DUELS = Experiment("duels", "two queries that cost nearly the same", _duels, _drawn_duel, _call, share=0.5)
 
 
 # --- the same thing twice, in other ways ---
@@ -386,7 +372,7 @@ def _permuted(bound: Bound, case: Case) -> Seen:
         TARGETS: replace(case, targets=tuple(map(targets, case.targets))),
         IMAGES: case.images(_rotated(len(case.counts))),
     }
-    return replace(_losses(bound, case), twins={k: _value(bound, c) for k, c in twins.items()})
+    return replace(_call(bound, case), twins={k: _value(bound, c) for k, c in twins.items()})
 
 
 def _rotated(n: int) -> list[int]:
@@ -394,8 +380,8 @@ def _rotated(n: int) -> list[int]:
 
 
 def _alone(bound: Bound, case: Case) -> Seen:
-    twins = {f"image {b} alone": _losses_and_matcher(bound, case.images([b])) for b in range(len(case.counts))}
-    return replace(_losses_and_matcher(bound, case), twins=twins)
+    twins = {f"image {b} alone": _call(bound, case.images([b])) for b in range(len(case.counts))}
+    return replace(_call(bound, case), twins=twins)
 
 
 def _relayered(bound: Bound, case: Case) -> Seen:
@@ -406,7 +392,7 @@ def _relayered(bound: Bound, case: Case) -> Seen:
             outputs = {k: v for k, v in case.outputs.items() if k not in ("aux_outputs", case.options.encoder_key)}
             alone = replace(case, outputs={**outputs, **case.predictions(layer)}, label=f"{case.label}, {layer} alone")
             twins[layer] = _value(bound, alone)
-    return replace(_losses(bound, case), twins=twins, crossed=gradients_by_layer(bound, case))
+    return replace(_call(bound, case), twins=twins, crossed=gradients_by_layer(bound, case))
 
 
 PADDED = "three masked tokens appended"
@@ -430,7 +416,7 @@ def _padded(bound: Bound, case: Case) -> Seen:
     other = case.with_predictions(
         lambda _l, key, v: torch.where(outside, 1 - v.nan_to_num(neginf=0.0), v) if key == "pred_logits" else v
     )
-    return replace(_losses(bound, case), twins={PADDED: _value(bound, padded), OTHER_LOGITS: _value(bound, other)})
+    return replace(_call(bound, case), twins={PADDED: _value(bound, padded), OTHER_LOGITS: _value(bound, other)})
 
 
 _CLEAR = [
@@ -472,7 +458,7 @@ def _again(bound: Bound, case: Case) -> Seen:
     try:
         criterion = bound.build(case.options)
     except Exception:
-        return _losses(bound, case)
+        return _call(bound, case)
     none = replace(
         case,
         label=f"{case.label}, without targets",
@@ -480,13 +466,13 @@ def _again(bound: Bound, case: Case) -> Seen:
     )
     _seed_everything(1)
     before = _random_states()
-    first = _losses_and_matcher(bound, case, criterion)
+    first = _call(bound, case, criterion)
     after = _random_states()
     moved = [name for name in before if before[name] != after[name]]
     twins = {
-        EMPTIED: _losses_and_matcher(bound, none, criterion),
-        AGAIN: _losses_and_matcher(bound, case, criterion),
-        NEW: _losses_and_matcher(bound, case),
+        EMPTIED: _call(bound, none, criterion),
+        AGAIN: _call(bound, case, criterion),
+        NEW: _call(bound, case),
     }
     _seed_everything(2)
     twins[OTHER_SEED] = _value(bound, case)

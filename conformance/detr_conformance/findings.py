@@ -2,9 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final
 
+COMPONENTS: Final = (
+    "matching",
+    "matching costs",
+    "class loss",
+    "tokens",
+    "L1",
+    "GIoU",
+    "auxiliary layers",
+    "encoder",
+    "weights and keys",
+    "gradients",
+    "side effects",
+)
 VERDICTS: Final = ("pass", "fail", "error", "blocked", "declined", "ambiguous", "deviation")
 
 
@@ -53,6 +67,19 @@ class Finding:
     decided: int = 0
 
 
+def finding_from(data: Mapping[str, Any]) -> Finding:
+    """The finding that ``dataclasses.asdict`` made this of."""
+    evidence, diagnosis = data["evidence"], data["diagnosis"]
+    return Finding(
+        **{
+            **data,
+            "evidence": evidence and Evidence(**evidence),
+            "diagnosis": diagnosis
+            and Diagnosis(**{**diagnosis, "faults": tuple((i, s) for i, s in diagnosis["faults"])}),
+        }
+    )
+
+
 @dataclass(frozen=True)
 class Report:
     """All findings of one candidate, and what was judged under which conditions."""
@@ -86,6 +113,11 @@ class Report:
         if not found:
             raise KeyError(clause_or_check)
         return min(found, key=lambda f: f.verdict != "fail")
+
+    @property
+    def judged(self) -> bool:
+        """True where at least one check came to a verdict."""
+        return any(f.verdict in ("pass", "fail", "error") for f in self.findings)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, ready for JSON."""

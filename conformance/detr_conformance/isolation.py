@@ -17,6 +17,7 @@ from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any, Final
 
+from detr_conformance.errors import ConformanceError
 from detr_conformance.findings import Finding
 
 if TYPE_CHECKING:
@@ -33,8 +34,6 @@ class Worker:
 
     def __init__(self, spec: Any, settings: Settings, limit: float = 20.0) -> None:
         if not limit > 0:
-            from detr_conformance.runner import ConformanceError
-
             raise ConformanceError(f"limit={limit!r}; it must be a positive number of seconds")
         self._spec, self._settings, self._limit = spec, settings, limit
         self._ended: dict[str, tuple[str, str]] = {}  # by experiment: how the process ended, doing what
@@ -46,6 +45,10 @@ class Worker:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the other process."""
         self._stop()
 
     def finding(self, check: Check) -> Finding:

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -28,8 +29,7 @@ class Observation:
     ``raised``: the exception in one line, or "" · ``losses``: every real scalar by its contract name · ``odd``: what
     every other returned value is instead · ``grads``: by (term, layer) the gradients of logits and boxes of the sum
     of that term's losses, None where the output got none · ``attached``: keys whose value requires gradient ·
-    ``pairs``: what the matcher returned by layer · ``no_matcher``: why there is none, or what is wrong with what it
-    returned · ``weights``: weight_dict · ``changed``: which input the call changed · ``devices``: by key.
+    ``weights``: weight_dict · ``changed``: which input the call changed.
     """
 
     case: Case
@@ -38,16 +38,28 @@ class Observation:
     odd: Mapping[str, str] = field(default_factory=dict)
     grads: Mapping[tuple[str, str], Grads] = field(default_factory=dict)
     attached: frozenset[str] = frozenset()
-    pairs: Mapping[str, list[Pairs]] = field(default_factory=dict)
-    no_matcher: str = ""
-    bad_pairs: str = ""
     weights: Mapping[str, float] | None = None
     changed: str = ""
+    criterion: Any = field(default=None, repr=False)
 
     @property
     def keys(self) -> frozenset[str]:
         """All keys that were returned."""
         return frozenset(self.losses) | frozenset(self.odd)
+
+    @property
+    def pairs(self) -> Mapping[str, list[Pairs]]:
+        """What the matcher returns for each layer, as far as it can be called; it is called when first asked for."""
+        return self._answer[0]
+
+    @property
+    def bad_pairs(self) -> str:
+        """What is wrong with the matcher's answer, or ""."""
+        return self._answer[1]
+
+    @cached_property
+    def _answer(self) -> tuple[dict[str, list[Pairs]], str]:
+        return _matches(self.criterion, self.case)
 
 
 _on_call: list[Callable[[str], None]] = []
@@ -75,9 +87,7 @@ def foreign(what: str) -> Iterator[None]:
             tell("")
 
 
-def observe(
-    bound: Bound, case: Case, *, criterion: Any = None, grads: bool = True, matcher: bool = True
-) -> Observation:
+def observe(bound: Bound, case: Case, *, criterion: Any = None, grads: bool = True) -> Observation:
     """Call the candidate on a case, with a criterion built for it unless one is given."""
     outputs, targets, leaves = case.fresh()
     raised = ""
@@ -112,18 +122,15 @@ def observe(
                 found = _gradients(case, named, leaves)
             except Exception as error:
                 return Observation(case, raised=f"backward raised {said(error)}", losses=losses, odd=odd)
-    pairs, no_matcher, bad = _matches(criterion, case) if matcher else ({}, "not asked", "")
     return Observation(
         case=case,
         losses=losses,
         odd=odd,
         grads=found,
         attached=frozenset(k for k, v in named.items() if isinstance(v, Tensor) and v.requires_grad),
-        pairs=pairs,
-        no_matcher=no_matcher,
-        bad_pairs=bad,
         weights=_weights(criterion, bound),
         changed=changed,
+        criterion=criterion,
     )
 
 
@@ -181,10 +188,10 @@ def _index(values: Any) -> Tensor:
     return index.detach().cpu().long()
 
 
-def _matches(criterion: Any, case: Case) -> tuple[dict[str, list[Pairs]], str, str]:
+def _matches(criterion: Any, case: Case) -> tuple[dict[str, list[Pairs]], str]:
     matcher = getattr(criterion, "matcher", None)
     if not callable(matcher):
-        return {}, "the criterion has no matcher that can be called", ""
+        return {}, ""
     found: dict[str, list[Pairs]] = {}
     outputs, targets, _ = case.fresh()
     for layer in case.layers:
@@ -197,15 +204,15 @@ def _matches(criterion: Any, case: Case) -> tuple[dict[str, list[Pairs]], str, s
         with foreign(f"matcher on {case.label}"):
             try:
                 raw = matcher(part, own)
-            except TypeError as error:
-                return {}, f"matcher(outputs, targets) cannot be called: {said(error)}", ""
+            except TypeError:  # it takes other arguments: no matcher that we can call
+                return {}, ""
             except Exception as error:
-                return found, "", f"{layer}: raised {said(error)}"
+                return found, f"{layer}: raised {said(error)}"
         try:
             found[layer] = as_pairs(raw, case, part["pred_logits"].shape[1])
         except ValueError as error:
-            return found, "", f"{layer}: {error}"
-    return found, "", ""
+            return found, f"{layer}: {error}"
+    return found, ""
 
 
 def _weights(criterion: Any, bound: Bound) -> dict[str, float] | None:

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Literal, TypeVar
 
+from detr_conformance.findings import COMPONENTS
+
 if TYPE_CHECKING:
     from detr_conformance.experiments import Experiment
     from detr_conformance.seen import Seen
@@ -24,20 +26,6 @@ DETR: Final = frozenset({"detr"})
 FOCAL: Final = frozenset({"deformable-detr", "dino"})
 TEXT: Final = frozenset({"grounding-dino"})
 EVERY: Final = DETR | FOCAL | TEXT
-
-COMPONENTS: Final = (
-    "matching",
-    "matching costs",
-    "class loss",
-    "tokens",
-    "L1",
-    "GIoU",
-    "weights and keys",
-    "auxiliary layers",
-    "encoder",
-    "gradients",
-    "side effects",
-)
 
 
 @dataclass(frozen=True)
@@ -120,7 +108,7 @@ def check(
     *,
     on: Experiment,
     component: str,
-    after: Iterable[Check] = (),
+    after: Iterable[Check | str] = (),
     takes_raising: bool = False,
     profiles: frozenset[str] | None = None,
 ) -> Callable[[Judge], Check]:
@@ -131,7 +119,7 @@ def check(
     def declare(judge: Judge) -> Check:
         name = str(judge.__name__)  # type: ignore[attr-defined]
         bound = clause.profiles if profiles is None else profiles & clause.profiles
-        earlier = tuple(c.name for c in after)
+        earlier = tuple(c if isinstance(c, str) else c.name for c in after)
         return _add(_checks, name, Check(name, clause, on, component, judge, earlier, takes_raising, bound))
 
     return declare

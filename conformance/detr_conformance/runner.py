@@ -10,15 +10,16 @@ import platform
 import time
 import traceback
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Final
 
 import numpy as np
 
-from detr_conformance import messages, shrink
-from detr_conformance.candidate import Bound, CandidateError, bind
+from detr_conformance import experiments, messages, shrink
+from detr_conformance.candidate import Bound, bind
 from detr_conformance.cases import Case, Recipe, build
+from detr_conformance.errors import ConformanceError
 from detr_conformance.experiments import Experiment
 from detr_conformance.findings import Evidence, Finding, Report
 from detr_conformance.observation import observe
@@ -29,10 +30,7 @@ from detr_reference.options import PROFILES
 EFFORTS: Final = {"quick": 0, "standard": 100, "deep": 3000}
 LEVELS: Final = ("must", "should")
 SMOKE: Final = "smoke"
-
-
-class ConformanceError(ValueError):
-    """A wrong use of the suite: one sentence that names the argument and what would be right."""
+RAISES: Final = "the call"
 
 
 @dataclass(frozen=True)
@@ -107,7 +105,7 @@ class Judge:
         if not bound.candidate.own_weights:
             notes.append("weight_dict is made by the adapter, so the clauses about its values are declined")
         fixed = {"num_classes", "num_decoder_layers"} - bound.varies
-        if fixed:
+        if fixed and bound.options.class_loss != "token":
             notes.append(f"the factory does not name {', '.join(sorted(fixed))}: judged at {bound.profile}'s defaults")
         return Identity(
             bound.name, bound.profile, bound.profile_from, dict(bound.candidate.options), tuple(notes), smoke(bound)
@@ -123,15 +121,39 @@ class Judge:
             if not tally.decided and check.on.name in self._raised and self._raised[check.on.name]:
                 verdict, reason = "blocked", f"the candidate raises: {self._raised[check.on.name]}"
             return _finding(check, verdict, reason, decided=tally.decided)
-        for earlier in check.after:
-            other = next((c for c in checks(self.bound.profile) if c.name == earlier), None)
-            if other is not None and self._tally(other).failing is not None:
+        case, comparison = tally.failing
+        for other in self._earlier(check, case, comparison):
+            if self._tally(other).failing is not None:
                 return _finding(check, "blocked", f"blocked by {other.clause.id}, {other.name.replace('_', ' ')}")
         evidence = self._evidence(check, *tally.failing)
         message = messages.failure(
             check.clause.id, check.clause.sentence, check.clause.level, evidence, self.bound.name
         )
         return _finding(check, "fail", message, evidence, tally.decided)
+
+    def _earlier(self, check: Check, case: Case, comparison: Comparison) -> Iterator[Check]:
+        """The checks to blame rather than this one, if they fail: those it comes after, and where the candidate
+        raises, the one that answers for that kind of case."""
+        every = checks(self.bound.profile)
+        yield from (c for c in every if c.name in check.after)
+        if comparison.what != RAISES:
+            return
+        home = self._home(case)
+        if home is not check.on:
+            yield from (c for c in every if c.on is home and c.takes_raising)
+
+    def _home(self, case: Case) -> Experiment:
+        """The experiment whose subject makes the candidate raise on ``case``."""
+        for b, n in enumerate(case.counts):
+            alone = case.images([b])
+            if observe(self.bound, alone, grads=False).raised:
+                if not 0 < n <= alone.queries:
+                    return experiments.EDGES
+                extreme = max(
+                    float(p["pred_logits"].nan_to_num().abs().max()) for p in map(alone.predictions, alone.layers)
+                )
+                return experiments.EXTREMES if extreme > 10 else experiments.BATCH
+        return experiments.ALONE if len(case.counts) > 1 else experiments.BATCH
 
     def _why_declined(self, check: Check) -> str:
         if check.clause.id == "KEY-4":
@@ -187,7 +209,7 @@ def judged(check: Check, seen: Seen) -> Iterator[Comparison]:
     if not seen.raised:
         yield from check.judge(seen)
     elif check.takes_raising:
-        yield Comparison(False, "the call", "a dict of losses", seen.raised)
+        yield Comparison(False, RAISES, "a dict of losses", seen.raised)
 
 
 def seeds(count: int, seed: int, name: str) -> list[int]:
@@ -300,6 +322,3 @@ def _finding(check: Check, verdict: str, message: str, evidence: Evidence | None
 
 def _size(case: Case) -> int:
     return sum(v.numel() for n in case.layers for v in case.predictions(n).values()) + 4 * case.total
-
-
-__all__ = ["CandidateError", "ConformanceError", "Judge", "Settings", "judge", "replace"]

@@ -211,17 +211,19 @@ class Seen:
         return True
 
     def _pairs_of(self, layer: str) -> list[Pairs]:
-        best, theirs = self.best[layer], self.got.pairs.get(layer)
+        best = self.best[layer]
         grads = [self.got.grads.get((term, layer), (None, None))[1] for term in ("bbox", "giou")]
         if all(g is None or not bool((g != 0).any()) for g in grads):
-            return theirs or best
+            return self.got.pairs.get(layer, best)
         rows = [_directions(g) for g in grads]
         found = []
         for b in range(len(best)):
             own = [None if r is None else r[b] for r in rows]
             if self._explains(layer, b, best[b], own):
                 found.append(best[b])
-            elif theirs and (self._explains(layer, b, theirs[b], own) or _supports(theirs[b], own)):
+                continue
+            theirs = self.got.pairs.get(layer)
+            if theirs and (self._explains(layer, b, theirs[b], own) or _supports(theirs[b], own)):
                 found.append(theirs[b])
             else:
                 found.append(self._from_gradients(layer, b, own))
@@ -260,13 +262,20 @@ class Seen:
         return True
 
     def _from_gradients(self, layer: str, image: int, rows: list[Tensor | None]) -> Pairs:
-        """The matching that fits the candidate's gradient rows best: rows with gradient first, then by direction."""
-        misfit = 1e-9 * self.costs(layer, image) if self.case.counts[image] else torch.zeros(len(rows), 0)
+        """The matching that fits the candidate's gradient rows best: rows with gradient first, then by direction.
+
+        A term whose gradient points to no target, whatever the matching, is wrong itself and has little say.
+        """
+        if not self.case.counts[image]:
+            return Pairs(torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64))
+        total = 1e-6 * self.costs(layer, image)
         for want, row in zip(self._unit_grads(layer, image), rows, strict=True):
-            if row is not None and misfit.numel():
-                misfit = misfit + (want - row[:, None]).norm(dim=-1).clamp(max=2)
-                misfit = misfit - 10 * (row.abs().sum(-1) > 0)[:, None].double()
-        query, target = linear_sum_assignment(misfit.numpy())
+            if row is not None:
+                some = (row.abs().sum(-1) > 0)[:, None].double()
+                misfit = (want - row[:, None]).norm(dim=-1) - 10 * some
+                fit = (misfit + 10)[linear_sum_assignment(misfit.numpy())].mean()
+                total = total + (misfit if fit < 0.2 else 1e-3 * misfit)
+        query, target = linear_sum_assignment(total.numpy())
         return Pairs(torch.from_numpy(query), torch.from_numpy(target))
 
 

@@ -59,6 +59,8 @@ def _simpler(case: Case, classes_vary: bool) -> Iterator[Case]:
             yield _with_queries(case, layer, [i for i in range(size) if i != q])
     if classes_vary and case.options.class_loss != "token":
         yield from _fewer_classes(case)
+    if "text_mask" in case.outputs:
+        yield from _fewer_tokens(case)
     for change in (_flat_logits, _whole_logits, _grid_boxes):
         simpler = change(case)
         if simpler is not None:
@@ -94,6 +96,25 @@ def _fewer_classes(case: Case) -> Iterator[Case]:
     keep = [c for c in range(case.options.channels) if c != classes - 1]
     fewer = case.with_predictions(lambda _l, key, v: v[..., keep] if key == "pred_logits" else v)
     yield replace(fewer, options=case.options.with_(num_classes=classes - 1))
+
+
+def _fewer_tokens(case: Case) -> Iterator[Case]:
+    """Without the tokens that are masked in every image and belong to no class."""
+    mask = case.outputs["text_mask"]
+    used = mask.any(0)
+    for target in case.targets:
+        used = used | (target["positive_map"] > 0).any(0)
+    if bool(used.all()):
+        return
+    keep = used.nonzero()[:, 0].tolist()
+    fewer = case.with_predictions(lambda _l, key, v: v[..., keep] if key == "pred_logits" else v)
+    yield replace(
+        fewer,
+        outputs={**fewer.outputs, "text_mask": mask[:, keep]},
+        targets=tuple(
+            {k: v[:, keep] if k in ("token_labels", "positive_map") else v for k, v in t.items()} for t in case.targets
+        ),
+    )
 
 
 def _changed(case: Case, wanted: str, change: Callable[[Tensor], Tensor]) -> Case | None:

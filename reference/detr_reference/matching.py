@@ -90,8 +90,8 @@ class Targets:
 class HungarianMatcher(nn.Module):
     """Assigns targets to queries, one to one, at the least total cost λ_cls·class + λ_bbox·L1 − λ_giou·GIoU.
 
-    A query with a prediction that is not finite is taken only when no other is left; but a logit of −inf is held
-    against it by its own class alone.
+    A query with a NaN or an infinite prediction is taken only when no other is left. A logit of −inf counts where it
+    is the target's own; elsewhere it is what masked tokens have.
     """
 
     def __init__(self, options: Options | None = None) -> None:
@@ -228,12 +228,14 @@ def read_targets(targets: Sequence[Mapping[str, Tensor]], layer: Layer, options:
     for b, target in enumerate(targets):
         _check_shapes(f"targets[{b}]", target, layer.logits.shape[-1] if by_token else None)
     sizes = [len(target["labels"]) for target in targets]
+    start = list(accumulate(sizes, initial=0))
 
     def refuse(bad: Any, key: str, why: str) -> None:
-        """Raises where a target is ``bad`` [N]."""
-        for b, own in enumerate(np.split(bad, np.cumsum(sizes)[:-1])):
-            if own.any():
-                raise ValueError(f"targets[{b}][{key!r}][{own.argmax()}] {why}")
+        """Raises where a target [N] is bad."""
+        if bad.any():
+            at = int(bad.argmax())
+            b = int(np.searchsorted(start, at, side="right")) - 1
+            raise ValueError(f"targets[{b}][{key!r}][{at - start[b]}] {why}")
 
     boxes = _joined(targets, "boxes", (0, 4)).to(widened(layer.boxes[:0]))
     on_host = boxes.cpu().numpy()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 
@@ -72,10 +72,9 @@ class Options:
 
     def with_(self, **changes: Any) -> Options:
         """A copy with some options changed. Raises ValueError that names an unknown option or value."""
-        known = {f.name for f in fields(self)}
         for name in changes:
-            if name not in known:
-                raise ValueError(f"unknown option {name!r}; the options are {', '.join(sorted(known))}")
+            if name not in self.__dataclass_fields__:
+                raise ValueError(f"unknown option {name!r}; the options are {', '.join(self.__dataclass_fields__)}")
         if "losses" in changes:
             changes["losses"] = tuple(changes["losses"])
         new = replace(self, **changes)

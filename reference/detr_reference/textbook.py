@@ -110,6 +110,11 @@ def l1(book: Textbook, pred: Tensor, target: Tensor) -> Tensor:
     return (pred - target).abs().sum(-1)
 
 
+def minus_log_sigmoid(z: Tensor) -> Tensor:
+    """−log σ(z), exact also where σ(z) rounds to 0 or 1 (torch's own threshold of 20 loses 2e-9 in float64)."""
+    return F.softplus(-z, threshold=40)
+
+
 # --- matching (COST, MATCH) -----------------------------------------------------------------------------------------
 
 
@@ -122,7 +127,7 @@ def focal_difference(book: Textbook, x: Tensor) -> Tensor:
     """COST-3. α(1−p)^γ(−log p) − (1−α)p^γ(−log(1−p)) elementwise."""
     alpha, gamma = book.o.cost_alpha, book.o.cost_gamma
     p, q = x.sigmoid(), (-x).sigmoid()
-    return alpha * q**gamma * F.softplus(-x) - (1 - alpha) * p**gamma * F.softplus(x)
+    return alpha * q**gamma * minus_log_sigmoid(x) - (1 - alpha) * p**gamma * minus_log_sigmoid(-x)
 
 
 def focal_cost(book: Textbook, x: Tensor, target: Mapping[str, Tensor]) -> Tensor:
@@ -207,7 +212,7 @@ def softmax_divisor(book: Textbook, w: Tensor, targets: Targets) -> Tensor:
 def focal_term(book: Textbook, x: Tensor, y: Tensor) -> Tensor:
     """CLS-4, 5. α_t(1−p_t)^γ(−log p_t) elementwise, y in {0, 1}. Lin 2017, eq. 5."""
     z = torch.where(y > 0, x, -x)  # p_t = σ(z)
-    return book.alpha_weight(y) * book.focusing(z) * F.softplus(-z)
+    return book.alpha_weight(y) * book.focusing(z) * minus_log_sigmoid(z)
 
 
 def alpha_weight(book: Textbook, y: Tensor) -> Tensor:

@@ -113,6 +113,7 @@ def _rest(seen: Seen) -> Factors | None:
 
 
 _UNWEIGHTED = [logged_quantities_have_no_weight_and_losses_are_unweighted]
+_PROMPT = ["every_image_uses_its_own_prompt"]
 
 # --- softmax ---
 
@@ -232,7 +233,7 @@ def _matched_only(book: Textbook):  # type: ignore[no-untyped-def]
 CLS_4 = clause("CLS-4", "must", FOCAL | TEXT, "α weighs positives, 1 − α negatives.", ["Lin 2017, eq. 5"])
 
 
-@check(CLS_4, on=CONFIGURED, component="class loss")
+@check(CLS_4, on=CONFIGURED, component="class loss", after=_PROMPT)
 def alpha_weighs_positives(seen: Seen) -> Iterator[Comparison]:
     found = _rest(seen)
     if found:
@@ -264,7 +265,7 @@ CLS_5 = clause(
 )
 
 
-@check(CLS_5, on=CONFIGURED, component="class loss", takes_raising=True)
+@check(CLS_5, on=CONFIGURED, component="class loss", takes_raising=True, after=_PROMPT)
 def the_focusing_factor_has_the_configured_gamma(seen: Seen) -> Iterator[Comparison]:
     found = _rest(seen)
     if found is None:
@@ -307,7 +308,7 @@ CLS_6 = clause(
 )
 
 
-@check(CLS_6, on=BATCH, component="class loss", after=_UNWEIGHTED)
+@check(CLS_6, on=BATCH, component="class loss", after=[*_UNWEIGHTED, *_PROMPT])
 def the_class_loss_is_a_sum(seen: Seen) -> Iterator[Comparison]:
     found = _rest(seen)
     if found:
@@ -350,7 +351,7 @@ def the_first_and_the_last_class_are_trained(seen: Seen) -> Iterator[Comparison]
         )
 
 
-@check(CLS_7, on=BATCH, component="class loss", profiles=TEXT)
+@check(CLS_7, on=BATCH, component="class loss", profiles=TEXT, after=_PROMPT)
 def the_first_and_the_last_class_of_a_prompt_are_trained(seen: Seen) -> Iterator[Comparison]:
     grads = seen.got.grads.get(("ce", "final"), (None, None))[0]
     if grads is None:

@@ -196,7 +196,7 @@ MATCH_4 = clause(
 )
 
 
-@check(MATCH_4, on=PERMUTED, component="matching", takes_raising=True)
+@check(MATCH_4, on=PERMUTED, component="matching", takes_raising=True, after=["every_image_uses_its_own_prompt"])
 def order_does_not_matter(seen: Seen) -> Iterator[Comparison]:
     for name, twin in seen.twins.items():
         for layer in seen.case.layers:

@@ -27,7 +27,12 @@ TOKEN_1 = clause(
 )
 
 
-@check(TOKEN_1, on=BATCH, component="tokens", after=[logged_quantities_have_no_weight_and_losses_are_unweighted])
+@check(
+    TOKEN_1,
+    on=BATCH,
+    component="tokens",
+    after=[logged_quantities_have_no_weight_and_losses_are_unweighted, "every_image_uses_its_own_prompt"],
+)
 def every_token_of_the_class_is_a_positive(seen: Seen) -> Iterator[Comparison]:
     yield from targets_and_background(seen)
     found = factors(seen)

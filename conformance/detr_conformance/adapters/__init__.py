@@ -1,0 +1,1 @@
+"""Published implementations, bound as candidates. Their matchers and loss classes run unmodified."""
