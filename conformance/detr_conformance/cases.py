@@ -373,13 +373,13 @@ _OTHER_COEFS: Final = (
 
 
 def duel_case(seed: int, kind: str, options: Options, varies: frozenset[str]) -> Case:
-    """Three images, each with one target and two queries whose total costs are close, yet clearly apart.
+    """Three images, each with two queries and one or two targets, and two assignments that cost nearly the same.
 
     ``kind``: ``class``, ``bbox`` or ``giou`` switches the other two costs off (or, where the candidate does not let
-    the weights vary, gives both queries what makes the others equal); ``all`` weighs the three as configured;
-    ``other weights`` draws the three weights; ``other loss weights`` and ``other focal`` leave the matching weights
-    and change the loss weights, or α and γ. The gap lies between 2e-3 and 2e-2, a thousand times the rounding of
-    float32 and less than what a wrong cost moves.
+    the weights vary, gives both queries what makes the others equal), with two targets, since a single one cannot tell
+    a cost from its logarithm; ``all`` weighs the three as configured; ``other weights`` draws the three weights;
+    ``other loss weights`` and ``other focal`` leave the matching weights and change the loss weights, or α and γ. The
+    gap lies between 2e-3 and 2e-2, a thousand times the rounding of float32 and less than what a wrong cost moves.
     """
     rng = np.random.default_rng(seed)
     weights = {"class": (1.0, 0.0, 0.0), "bbox": (0.0, 1.0, 0.0), "giou": (0.0, 0.0, 1.0)}.get(kind)
@@ -403,11 +403,14 @@ def duel_case(seed: int, kind: str, options: Options, varies: frozenset[str]) ->
     logits, boxes, targets, masks = [], [], [], []
     for image in range(3):
         prompt = _prompt(rng, o.num_classes, tokens, image)
-        target = _target(rng, Recipe(seed, (1,), 2), o, 1, prompt)
+        count = 2 if kind in ("class", "bbox", "giou") else 1
+        target = _target(rng, Recipe(seed, (count,), 2), o, count, prompt)
+        if count == 2 and kind == "class":
+            target = _distinct_labels(target, o)
         many = 600
         x = rng.normal(0, 1.5, (many, tokens if text else o.channels)).clip(-4, 4)
         wanted = target["boxes"].double().numpy()
-        close = (wanted * np.exp(rng.normal(0, 0.3, (many, 4)))).clip(0.02, 0.98)
+        close = (wanted[rng.integers(0, count, many)] * np.exp(rng.normal(0, 0.3, (many, 4)))).clip(0.02, 0.98)
         y = np.where(rng.random((many, 1)) < 0.7, close, _plain(rng, many))
         if kind == "class":
             y[:] = y[0]
@@ -415,9 +418,11 @@ def duel_case(seed: int, kind: str, options: Options, varies: frozenset[str]) ->
             x[:] = x[0]
         x32, y32 = _float32(x), _float32(y)
         wide = {k: v.double() if v.is_floating_point() else v for k, v in target.items()}
-        costs = book.cost(x32.double(), y32.double(), wide)[:, 0]
-        order = costs.argsort()
-        gaps = costs[order].diff()
+        costs = book.cost(x32.double(), y32.double(), wide)
+        # queries i and j prefer the targets as they stand iff what i gains on j's by that is less
+        gain = costs[:, 0] - (costs[:, 1] if count == 2 else 0)
+        order = gain.argsort()
+        gaps = gain[order].diff()
         fit = ((gaps > 2e-3) & (gaps < 2e-2)).nonzero()[:, 0]
         at = int(fit[int(rng.integers(0, len(fit)))]) if len(fit) else int(gaps.argmax())
         pair = order[[at, at + 1]][torch.from_numpy(rng.permutation(2))]
@@ -431,13 +436,26 @@ def duel_case(seed: int, kind: str, options: Options, varies: frozenset[str]) ->
     return Case(f"duel of {kind}, seed {seed}", o, outputs, tuple(targets))
 
 
-def contested_case(seed: int, n: int, queries: int, options: Options, greedy_fails: bool) -> Case:
-    """One image whose best assignment is the same for L1 alone, for GIoU alone and for their sum, by a clear margin.
+def _distinct_labels(target: dict[str, Tensor], o: Options) -> dict[str, Tensor]:
+    """The same two targets with the first class and the last."""
+    last = len(target["positive_map"]) - 1 if "positive_map" in target else o.num_classes - 1
+    new = {**target, "labels": torch.tensor([0, last])}
+    if "positive_map" in target:
+        new["token_labels"] = target["positive_map"][new["labels"]]
+    return new
 
-    All scores are equal. With ``greedy_fails`` neither taking the cheapest pair first nor serving the targets in
+
+def contested_case(
+    seed: int, n: int, queries: int, options: Options, varies: frozenset[str], greedy_fails: bool
+) -> Case:
+    """One image whose best assignment is the same for every sensible distance of boxes, by a clear margin.
+
+    All scores are equal, and where the candidate lets the weights vary the L1 cost decides. With ``greedy_fails`` neither taking the cheapest pair first nor serving the targets in
     their order (every second seed: in reverse) finds it.
     """
     o = options.with_(num_decoder_layers=1)
+    if {"set_cost_bbox", "set_cost_giou"} <= varies:
+        o = o.with_(set_cost_bbox=5.0, set_cost_giou=1e-3)
     book = textbook.under(o)
     while True:
         rng = np.random.default_rng(seed)
@@ -447,7 +465,8 @@ def contested_case(seed: int, n: int, queries: int, options: Options, greedy_fai
         pred, wanted = pred.round(3), wanted.round(3)
         a, b = torch.from_numpy(pred)[:, None], torch.from_numpy(wanted)[None]
         l1, giou = book.l1(a, b).numpy(), -book.giou(a, b).numpy()
-        costs = [l1, giou, 5 * l1 + 2 * giou]
+        corners = book.l1(book.corners(a), book.corners(b)).numpy()
+        costs = [l1, corners, (a - b).norm(dim=-1).numpy(), giou, 5 * l1 + 2 * giou]
         best = [_assigned(c) for c in costs]
         clear = all(b == best[0] and _margin(c, b) > 0.05 * abs(c).max() for c, b in zip(costs, best, strict=True))
         greedy = not greedy_fails or all(

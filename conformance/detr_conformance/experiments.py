@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,21 +20,27 @@ from detr_conformance.observation import gradients_by_layer, observe
 from detr_conformance.seen import Seen
 from detr_reference.options import Options
 
+if TYPE_CHECKING:
+    from hypothesis.strategies import SearchStrategy
+
 # --- experiments ----------------------------------------------------------------------------------------------------
+
+
+Drawn = Callable[[Bound], "SearchStrategy[Case]"]
 
 
 @dataclass(frozen=True, eq=False)
 class Experiment:
     """How cases are drawn and what is observed of each.
 
-    ``fixed``: the cases of every effort · ``drawn``: one more case from a seed, for the search · ``share``: which
+    ``fixed``: the cases of every effort · ``drawn``: the strategy of the searched cases · ``share``: which
     part of the effort's searched cases this experiment takes · ``observe``: the calls.
     """
 
     name: str
     title: str
     fixed: Callable[[Bound], Iterator[Case]]
-    drawn: Callable[[Bound, int], Case] | None
+    drawn: Drawn | None
     observe: Callable[[Bound, Case], Seen]
     share: float = 1.0
 
@@ -62,86 +68,30 @@ def _fitting(recipe: Recipe, bound: Bound) -> Recipe:
     return recipe
 
 
-def _from_seed(draw: Callable[[np.random.Generator, int], Recipe]) -> Callable[[Bound, int], Case]:
-    def drawn(bound: Bound, seed: int) -> Case:
-        recipe = draw(np.random.default_rng(seed), seed)
-        return build(_fitting(recipe, bound), bound.options, bound.varies)
+def _recipes(name: str) -> Drawn:
+    """The cases of a strategy of recipes, by its name in ``strategies``."""
+
+    def drawn(bound: Bound) -> SearchStrategy[Case]:
+        from detr_conformance import strategies
+
+        recipes: SearchStrategy[Recipe] = getattr(strategies, name)()
+        return recipes.map(lambda recipe: build(_fitting(recipe, bound), bound.options, bound.varies))
 
     return drawn
 
 
-def _pick(rng: np.random.Generator, *values: str) -> str:
-    return str(rng.choice(values))
+def _seeds(make: Callable[[Bound, int], Case]) -> Drawn:
+    """The cases made from a seed alone."""
 
+    def drawn(bound: Bound) -> SearchStrategy[Case]:
+        from hypothesis import strategies as st
 
-def _counts(rng: np.random.Generator, low: int, high: int, images: int) -> tuple[int, ...]:
-    return tuple(int(n) for n in rng.integers(low, high + 1, images))
+        return st.integers(0, 2**31 - 1).map(lambda seed: make(bound, seed))
+
+    return drawn
 
 
 _COEFS = (("ce_loss_coef", 3.0), ("bbox_loss_coef", 4.0), ("giou_loss_coef", 1.5))
-
-
-def _ordinary(rng: np.random.Generator, seed: int) -> Recipe:
-    """One to three images, each with at least one target and no more targets than queries."""
-    counts = _counts(rng, 1, 3, int(rng.integers(1, 4)))
-    return Recipe(
-        seed,
-        counts,
-        queries=max(counts) + int(rng.integers(0, 5)),
-        classes=int(rng.integers(1, 6)),
-        aux=int(rng.integers(0, 4)),
-        encoder_queries=int(rng.choice([0, max(counts), max(counts) + 3])),
-        tokens=int(rng.integers(6, 12)),
-        logits=_pick(rng, "normal", "normal", "grid"),
-        boxes=_pick(rng, "plain", "plain", "grid", "overhang"),
-        edits=tuple(e for e in ("contested", "end classes", "masked -inf") if rng.random() < 0.3),
-        options=_COEFS if rng.random() < 0.5 else (),
-    )
-
-
-def _odd(rng: np.random.Generator, seed: int) -> Recipe:
-    """Images without targets, more targets than queries, a single query, copies and exact boxes."""
-    counts = _counts(rng, 0, 4, int(rng.integers(1, 4)))
-    edits = ("copied target", "copied query", "exact boxes", "end classes", "masked -inf")
-    return Recipe(
-        seed,
-        counts,
-        queries=int(rng.integers(1, 4)),
-        classes=int(rng.integers(1, 5)),
-        aux=int(rng.integers(0, 2)),
-        encoder_queries=int(rng.choice([0, 1, 5])),
-        boxes=_pick(rng, "plain", "grid", "overhang"),
-        edits=tuple(e for e in edits if rng.random() < 0.25),
-    )
-
-
-def _extreme(rng: np.random.Generator, seed: int) -> Recipe:
-    counts = _counts(rng, 0, 3, int(rng.integers(1, 3)))
-    return Recipe(
-        seed,
-        counts,
-        queries=max(*counts, 1) + int(rng.integers(0, 4)),
-        classes=int(rng.integers(1, 5)),
-        aux=int(rng.integers(0, 2)),
-        encoder_queries=int(rng.choice([0, 4])),
-        logits=_pick(rng, "confident", "extreme"),
-        boxes=_pick(rng, "plain", "tiny"),
-        edits=("masked -inf",) if rng.random() < 0.3 else (),
-    )
-
-
-def _clear(rng: np.random.Generator, seed: int) -> Recipe:
-    """Three images with unequal numbers of targets and unequal prompts, auxiliary layers and encoder outputs."""
-    return Recipe(
-        seed,
-        tuple(int(n) for n in rng.permutation([int(rng.integers(0, 2)), 1, 3])),
-        queries=int(rng.integers(3, 7)),
-        classes=int(rng.integers(2, 6)),
-        aux=int(rng.integers(1, 3)),
-        encoder_queries=int(rng.integers(3, 7)),
-        tokens=11,
-        edits=("masked -inf",) if rng.random() < 0.3 else (),
-    )
 
 
 BATCH = Experiment(
@@ -165,7 +115,7 @@ BATCH = Experiment(
             Recipe(24, (4, 2), 6, classes=3, edits=("contested",), options=_COEFS),
         ]
     ),
-    _from_seed(_ordinary),
+    _recipes("ordinary"),
     _call,
 )
 
@@ -188,7 +138,7 @@ EDGES = Experiment(
             Recipe(42, (3, 0, 6), 4, classes=3, encoder_queries=2, tokens=11, edits=("masked -inf",)),
         ]
     ),
-    _from_seed(_odd),
+    _recipes("odd"),
     _call,
     share=0.5,
 )
@@ -209,7 +159,7 @@ EXTREMES = Experiment(
             Recipe(59, (1, 2), 4, classes=3, logits="extreme", edits=("masked -inf",)),
         ]
     ),
-    _from_seed(_extreme),
+    _recipes("extreme"),
     _call,
     share=0.5,
 )
@@ -232,18 +182,9 @@ def _configured(bound: Bound) -> Iterator[Case]:
             yield build(Recipe(seed, counts, 5, classes=4, tokens=9, options=options), bound.options, bound.varies)
 
 
-def _configured_drawn(bound: Bound, seed: int) -> Case:
-    rng = np.random.default_rng(seed)
-    options = (
-        ("eos_coef", float(rng.choice([0.05, 0.1, 0.3, 0.7, 1.0]))),
-        ("focal_alpha", float(rng.choice([0.1, 0.25, 0.4, 0.6, 0.9]))),
-        ("focal_gamma", float(rng.choice([0.0, 1.0, 1.5, 2.0, 2.5, 3.0]))),
-    )
-    recipe = Recipe(seed, _counts(rng, 1, 3, 2), 5, classes=int(rng.integers(2, 6)), options=options)
-    return build(recipe, bound.options, bound.varies)
-
-
-CONFIGURED = Experiment("configured", "class loss under its options", _configured, _configured_drawn, _call, share=0.3)
+CONFIGURED = Experiment(
+    "configured", "class loss under its options", _configured, _recipes("configured"), _call, share=0.3
+)
 
 
 # --- pairs of boxes ---
@@ -317,7 +258,7 @@ def _moved(bound: Bound, case: Case) -> Seen:
     return replace(_call(bound, case), twins=twins)
 
 
-PAIRS = Experiment("pairs", "one pair of boxes", _pair_cases, _drawn_pair, _moved, share=0.15)
+PAIRS = Experiment("pairs", "one pair of boxes", _pair_cases, _seeds(_drawn_pair), _moved, share=0.15)
 
 
 # --- duels ---
@@ -336,6 +277,19 @@ def _drawn_duel(bound: Bound, seed: int) -> Case:
     return duel_case(seed, KINDS[seed % len(KINDS)], bound.options, bound.varies)
 
 
+DEFAULT_WEIGHTS = "under the default loss weights"
+
+
+def _duel(bound: Bound, case: Case) -> Seen:
+    """A duel; one under other loss weights also under the default ones."""
+    seen = _call(bound, case)
+    if "other loss weights" not in case.label:
+        return seen
+    o = bound.options
+    coefs = {f"{term}_loss_coef": getattr(o, f"{term}_loss_coef") for term in ("ce", "bbox", "giou")}
+    return replace(seen, twins={DEFAULT_WEIGHTS: _call(bound, replace(case, options=case.options.with_(**coefs)))})
+
+
 # --- assignments that every sensible cost agrees on ---
 
 
@@ -343,13 +297,13 @@ def _certain(bound: Bound) -> Iterator[Case]:
     """One image, equal class scores; L1 alone and GIoU alone choose the same assignment, clearly, and taking the
     cheapest pair (or target by target) first does not."""
     for seed, (n, queries) in enumerate(((1, 3), (2, 2), (2, 3), (3, 3), (2, 2), (3, 4), (2, 4), (3, 3))):
-        yield contested_case(1000 * seed, n, queries, _one_class(bound), greedy_fails=seed > 0)
+        yield contested_case(1000 * seed + seed % 2, n, queries, _one_class(bound), bound.varies, greedy_fails=seed > 0)
 
 
 CERTAIN = Experiment("certain", "assignments that every cost agrees on", _certain, None, _call)
 
 
-DUELS = Experiment("duels", "two queries that cost nearly the same", _duels, _drawn_duel, _call, share=0.5)
+DUELS = Experiment("duels", "two queries that cost nearly the same", _duels, _seeds(_drawn_duel), _duel, share=0.5)
 
 
 # --- the same thing twice, in other ways ---
@@ -431,23 +385,23 @@ PERMUTED = Experiment(
     "permuted",
     "queries, targets and images in another order",
     _from_recipes(_CLEAR),
-    _from_seed(_clear),
+    _recipes("unequal"),
     _permuted,
     share=0.15,
 )
 ALONE = Experiment(
-    "alone", "images alone against the batch", _from_recipes(_CLEAR), _from_seed(_clear), _alone, share=0.15
+    "alone", "images alone against the batch", _from_recipes(_CLEAR), _recipes("unequal"), _alone, share=0.15
 )
 LAYERS = Experiment(
     "layers",
     "a layer alone against the same layer as auxiliary",
     _from_recipes(_CLEAR),
-    _from_seed(_clear),
+    _recipes("unequal"),
     _relayered,
     share=0.15,
 )
 PROMPTS = Experiment(
-    "prompts", "text padded and masked", _from_recipes(_CLEAR), _from_seed(_clear), _padded, share=0.15
+    "prompts", "text padded and masked", _from_recipes(_CLEAR), _recipes("unequal"), _padded, share=0.15
 )
 
 AGAIN, EMPTIED, NEW, OTHER_SEED = "again", "without targets", "with a new criterion", "under another random state"
@@ -497,7 +451,7 @@ REPEATED = Experiment(
     "repeated",
     "the same call again",
     _from_recipes([*_CLEAR[:4], Recipe(107, (2, 2), 4, aux=1, edits=("copied query", "copied target"))]),
-    _from_seed(_clear),
+    _recipes("unequal"),
     _again,
     share=0.1,
 )

@@ -131,6 +131,11 @@ class Judge:
         )
         return _finding(check, "fail", message, evidence, tally.decided)
 
+    def failing(self, check: Check) -> Comparison | None:
+        """What ``check`` itself finds wrong, whatever it comes after; None where it finds nothing."""
+        failing = self._tally(check).failing
+        return failing[1] if failing else None
+
     def _earlier(self, check: Check, case: Case, comparison: Comparison) -> Iterator[Check]:
         """The checks to blame rather than this one, if they fail: those it comes after, and where the candidate
         raises, the one that answers for that kind of case."""
@@ -187,9 +192,10 @@ class Judge:
     def _cases(self, experiment: Experiment) -> Iterator[Case]:
         yield from experiment.fixed(self.bound)
         count = int(EFFORTS[self.settings.effort] * experiment.share)
-        if experiment.drawn is not None:
-            for seed in seeds(count, self.settings.seed, experiment.name):
-                yield experiment.drawn(self.bound, seed)
+        if experiment.drawn is not None and count:
+            from detr_conformance.strategies import sample
+
+            yield from sample(experiment.drawn(self.bound), count, _seed(self.settings.seed, experiment.name))
 
     def _evidence(self, check: Check, case: Case, comparison: Comparison) -> Evidence:
         def broken(candidate: Case) -> Comparison | None:
@@ -212,10 +218,9 @@ def judged(check: Check, seen: Seen) -> Iterator[Comparison]:
         yield Comparison(False, RAISES, "a dict of losses", seen.raised)
 
 
-def seeds(count: int, seed: int, name: str) -> list[int]:
-    """``count`` seeds for the searched cases of an experiment: always the same for the same seed and name."""
-    rng = np.random.default_rng([seed, *name.encode()])
-    return [int(s) for s in rng.integers(1, 2**31, count)]
+def _seed(seed: int, name: str) -> int:
+    """A seed for the search of an experiment: always the same for the same seed and name."""
+    return int(np.random.default_rng([seed, *name.encode()]).integers(2**62))
 
 
 def smoke(bound: Bound) -> Finding:

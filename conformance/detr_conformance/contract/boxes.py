@@ -78,14 +78,15 @@ def corners_from_the_top_left(book: Textbook) -> Textbook:
     return replace(book, corners=corners)
 
 
-@fault(
-    corners_are_half_a_side_from_the_centre,
-    seen_in="facebookresearch/detr #459",
-    fix="convert cxcywh to corners before the GIoU",
-)
-def corners_taken_as_they_are(book: Textbook) -> Textbook:
-    """GIoU of (cx, cy, w, h) as if these were corners already."""
-    return replace(book, corners=lambda book, boxes: boxes)
+@fault(corners_are_half_a_side_from_the_centre, fix="add and subtract half of each side")
+def corners_a_whole_side_from_the_centre(book: Textbook) -> Textbook:
+    """Corners are cx ∓ w, cy ∓ h: boxes are twice as large."""
+
+    def corners(book: Textbook, boxes: Tensor) -> Tensor:
+        centre, sides = boxes[..., :2], boxes[..., 2:]
+        return torch.cat([centre - sides, centre + sides], -1)
+
+    return replace(book, corners=corners)
 
 
 BOX_2 = clause(

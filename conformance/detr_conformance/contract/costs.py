@@ -20,7 +20,7 @@ AFTER = [the_assignment_is_optimal]
 
 def _duel(seen: Seen, *kinds: str) -> Iterator[Comparison]:
     """The cheaper query of every image must be the matched one."""
-    if seen.case.label.split(" of ")[1].split(",")[0] in kinds:
+    if seen.case.label.removeprefix("duel of ").split(",")[0] in kinds:
         yield from optimal(seen, "final")
 
 
@@ -233,11 +233,14 @@ COST_7 = clause(
 )
 
 
-@check(COST_7, on=DUELS, component="matching costs", after=[the_cost_is_the_weighted_sum_of_the_three])
+@check(COST_7, on=DUELS, component="matching costs", after=AFTER)
 def matching_weights_are_not_loss_weights(seen: Seen) -> Iterator[Comparison]:
     o = seen.case.options
     if {"ce_loss_coef", "bbox_loss_coef", "giou_loss_coef"} & seen.bound.varies:
-        yield from _duel(seen, "other loss weights")
+        for name, twin in seen.twins.items():
+            for b, (one, two) in enumerate(zip(twin.pairs["final"], seen.pairs["final"], strict=True)):
+                want, got = in_words(one), in_words(two)
+                yield holds(want == got, f"matching of image {b} under other loss weights", f"{want}, as {name}", got)
     if "other weights" in seen.case.label and seen.got.weights and seen.bound.candidate.own_weights:
         for key, want in (("ce", o.ce_loss_coef), ("bbox", o.bbox_loss_coef), ("giou", o.giou_loss_coef)):
             if f"loss_{key}" in seen.got.weights:
