@@ -132,7 +132,7 @@ def guess_profile(factory: Callable[..., Any]) -> tuple[str, str]:
     """A profile and the reason for it, from what the factory's signature names. Raises CandidateError."""
     parameters = _parameters(factory)
     default = parameters["profile"].default if "profile" in parameters else None
-    if default in PROFILES:
+    if isinstance(default, str) and default in PROFILES:
         return default, "the default of its own argument 'profile'"
     names = set(parameters)
     if isinstance(factory, _Built):
@@ -190,8 +190,8 @@ def _import_module(name: str) -> ModuleType:
         if error.name and (name == error.name or name.startswith(f"{error.name}.")):
             known = [p.name for p in importlib.metadata.entry_points(group=ENTRY_POINTS)]
             raise CandidateError(
-                f"there is no module {error.name!r}, and no entry point of that name{near(name, known)}; a candidate is "
-                "an entry point, a module, module:attribute or path/to/file.py:attribute"
+                f"there is no module {error.name!r}, and no entry point of that name{near(name, known)}; a candidate "
+                "is an entry point, a module, module:attribute or path/to/file.py:attribute"
             ) from None
         raise
 
@@ -323,10 +323,10 @@ def _detr_shaped(module: ModuleType, name: str) -> Candidate:
             criterion.weight_dict = weights
         return criterion
 
-    takes = {o for a, o in _MATCHER_ARGUMENTS.items() if a in matcher_takes}
-    takes |= {o for a, o in _CRITERION_ARGUMENTS.items() if a in criterion_takes} | WEIGHT_OPTIONS
+    named = {o for a, o in _MATCHER_ARGUMENTS.items() if a in matcher_takes}
+    named |= {o for a, o in _CRITERION_ARGUMENTS.items() if a in criterion_takes} | WEIGHT_OPTIONS
     build.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-        [inspect.Parameter(o, inspect.Parameter.KEYWORD_ONLY, default=None) for o in sorted(takes)]
+        [inspect.Parameter(o, inspect.Parameter.KEYWORD_ONLY, default=None) for o in sorted(named)]
     )
     build.__module__ = module.__name__
     return Candidate(build, name=name, own_weights=False)

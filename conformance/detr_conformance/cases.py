@@ -132,7 +132,7 @@ class Case:
 
         def leaf(layer: str, key: str, value: Tensor) -> Tensor:
             new = value.clone().requires_grad_()
-            leaves[layer] = (*leaves.get(layer, ()), new)  # type: ignore[assignment]
+            leaves[layer] = (*leaves.get(layer, ()), new)
             return new
 
         outputs = dict(self.with_predictions(leaf).outputs)
@@ -224,18 +224,21 @@ def _predicted(rng: Generator, recipe: Recipe, target: Mapping[str, Tensor], que
 def _prompt(rng: Generator, classes: int, tokens: int, image: int) -> tuple[Tensor, Tensor]:
     """An image's own prompt: the class → token map [K,T] and text_mask [T].
 
-    As word pieces lie in a caption: token 0 opens it, every name takes one to three tokens, one token separates
-    names, and the rest is padding. Prompts of a batch differ in their number of classes.
+    As word pieces lie in a caption: token 0 opens it, every name takes one to three tokens, some with a gap, one
+    token separates names, and the rest, if any, is padding. Prompts of a batch differ in their number of classes.
     """
     spread = np.zeros((classes, tokens))
-    at = 1
+    at, known = 1, 0
     for k in range(max(1, classes - image % 3)):
         length = int(rng.integers(1, 4))
-        if at + length >= tokens:
+        if at + length > tokens:
             break
         spread[k, at : at + length] = 1
-        at += length + 1
-    known = max(1, int((spread.sum(-1) > 0).sum()))
+        if length == 3 and rng.random() < 0.4:
+            spread[k, at + 1] = 0
+        at, known = at + length + 1, k + 1
+    if rng.random() < 0.3:  # a name that ends with the text, and no padding
+        spread[known - 1, -1], at = 1, tokens
     return _float32(spread[:known]), torch.arange(tokens) < at
 
 
@@ -384,7 +387,8 @@ def duel_case(seed: int, kind: str, options: Options, varies: frozenset[str]) ->
     rng = np.random.default_rng(seed)
     weights = {"class": (1.0, 0.0, 0.0), "bbox": (0.0, 1.0, 0.0), "giou": (0.0, 0.0, 1.0)}.get(kind)
     if kind == "other weights":
-        weights = tuple(float(w) for w in rng.choice([0.5, 1.0, 3.0, 6.0], 3))
+        first, second, third = (float(w) for w in rng.choice([0.5, 1.0, 3.0, 6.0], 3))
+        weights = (first, second, third)
     o = options.with_(num_decoder_layers=1)
     names = ("set_cost_class", "set_cost_bbox", "set_cost_giou")
     free = weights is not None and set(names) <= varies
@@ -450,8 +454,9 @@ def contested_case(
 ) -> Case:
     """One image whose best assignment is the same for every sensible distance of boxes, by a clear margin.
 
-    All scores are equal, and where the candidate lets the weights vary the L1 cost decides. With ``greedy_fails`` neither taking the cheapest pair first nor serving the targets in
-    their order (every second seed: in reverse) finds it.
+    All scores are equal, and where the candidate lets the weights vary the L1 cost decides. With ``greedy_fails``
+    neither taking the cheapest pair first nor serving the targets in their order (every second seed: in reverse)
+    finds it.
     """
     o = options.with_(num_decoder_layers=1)
     if {"set_cost_bbox", "set_cost_giou"} <= varies:

@@ -442,7 +442,7 @@ def _seed_everything(seed: int) -> None:
 def _random_states() -> dict[str, bytes]:
     return {
         "torch": torch.get_rng_state().numpy().tobytes(),
-        "numpy": repr(np.random.get_state()[1:]).encode() + np.random.get_state()[1].tobytes(),  # type: ignore[index, union-attr]
+        "numpy": repr(np.random.get_state()[1:]).encode() + np.random.get_state()[1].tobytes(),  # type: ignore[index]
         "random": repr(random.getstate()).encode(),
     }
 

@@ -12,14 +12,15 @@ from detr_conformance.findings import Diagnosis, Evidence
 
 FEW: Final = 120  # numbers that are still printed in full
 INDENT: Final = " " * 10
+WIDTH: Final = 84
 
 
 def failure(
     clause: str, sentence: str, level: str, evidence: Evidence, candidate: str, diagnosis: Diagnosis | None = None
 ) -> str:
     """The message of a failed check: clause, inputs, want and got, and the line that runs it again."""
-    head = textwrap.wrap(f"{clause}  {sentence}", 92)
-    lines = [f"{head[0]:<94}{level}", *(f"      {line}" for line in head[1:])]
+    head = textwrap.wrap(f"{clause}  {sentence}", WIDTH - 8)
+    lines = [f"{head[0]:<{WIDTH - 6}}{level:>6}", *(f"      {line}" for line in head[1:])]
     lines += _field("inputs", evidence.inputs)
     lines += _field("quantity", evidence.what)
     lines += _field("want", evidence.want + (f"   {evidence.how}" if evidence.how else ""))
@@ -32,20 +33,23 @@ def failure(
 
 
 def _field(name: str, text: str) -> list[str]:
-    first, *rest = text.splitlines() or [""]
+    """``name      text``, each line of the text wrapped beside the name."""
+    lines: list[str] = []
+    for line in text.splitlines() or [""]:
+        inner = "" if not lines else "    "
+        lines += textwrap.wrap(line, WIDTH - 16, subsequent_indent=inner, break_long_words=False) or [""]
+    first, *rest = lines
     return [f"      {name:<10}{first}", *(f"      {INDENT}{line}" for line in rest)]
 
 
 def inputs(case: Case) -> str:
     """A case in words, and in numbers where it has few."""
     o = case.options
-    kind = {"softmax": f"{o.num_classes} classes and no object", "focal": f"{o.num_classes} classes"}
-    words = [
-        _many(len(case.counts), "image"),
-        f"{'+'.join(map(str, case.counts))} targets" if len(case.counts) > 1 else _many(case.total, "target"),
-        kind.get(o.class_loss, _many(int(case.outputs["pred_logits"].shape[-1]), "token")),
-        *(f"{n}: {case.predictions(n)['pred_logits'].shape[1]} queries" for n in case.layers),
-    ]
+    channels = int(case.outputs["pred_logits"].shape[-1])
+    kind = {"softmax": f"{_many(o.num_classes, 'class')} and no object", "focal": _many(o.num_classes, "class")}
+    targets = "+".join(map(str, case.counts)) + " targets" if len(case.counts) > 1 else _many(case.total, "target")
+    words = [_many(len(case.counts), "image"), targets, kind.get(o.class_loss, _many(channels, "token"))]
+    words += [f"{n}: {_many(case.predictions(n)['pred_logits'].shape[1], 'query')}" for n in case.layers]
     lines = [", ".join(words)]
     numbers = sum(v.numel() for n in case.layers for v in case.predictions(n).values())
     if numbers + 4 * case.total > FEW:
@@ -54,23 +58,28 @@ def inputs(case: Case) -> str:
         part = case.predictions(layer)
         for b in range(len(case.counts)):
             for q in range(part["pred_logits"].shape[1]):
-                where = f"{layer} image {b} query {q}"
-                lines.append(
-                    f"{where:<24}logits {_row(part['pred_logits'][b, q])}  box {_row(part['pred_boxes'][b, q])}"
-                )
+                row = f"box {_row(part['pred_boxes'][b, q])}  logits {_row(part['pred_logits'][b, q])}"
+                where = f"{layer} image" if len(case.layers) > 1 else "image"
+                lines.append(f"{where} {b} query {q}: {row}")
     for b, target in enumerate(case.targets):
         for t in range(len(target["labels"])):
             tokens = (
-                f"  tokens {target['token_labels'][t].nonzero()[:, 0].tolist()}" if "token_labels" in target else ""
+                f", tokens {target['token_labels'][t].nonzero()[:, 0].tolist()}" if "token_labels" in target else ""
             )
-            where = f"image {b} target {t}"
-            lines.append(f"{where:<24}label {int(target['labels'][t])}{tokens}  box {_row(target['boxes'][t])}")
+            row = f"box {_row(target['boxes'][t])}  label {int(target['labels'][t])}{tokens}"
+            lines.append(f"image {b} target {t}: {row}")
     return "\n".join(lines)
 
 
 def _row(values: Tensor) -> str:
-    return "(" + ", ".join(f"{v:.6g}" for v in values.tolist()) + ")"
+    numbers = values.tolist()
+    if len(numbers) > 4 and len(set(numbers)) == 1:
+        return f"all {numbers[0]:.6g}"
+    return "(" + ", ".join(f"{v:.6g}" for v in numbers) + ")"
 
 
 def _many(n: int, what: str) -> str:
-    return f"{n} {what}" if n == 1 else f"{n} {what}s"
+    if n == 1:
+        return f"1 {what}"
+    plural = {"query": "queries", "class": "classes"}.get(what, f"{what}s")
+    return f"{n} {plural}"

@@ -6,9 +6,9 @@ Loads neither torch nor Hypothesis: candidates live in processes of their own. W
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import pytest
 
@@ -167,13 +167,15 @@ class Session:
         from detr_conformance.registry import checks
 
         self.bind()
+        settings = self.settings()
         for name, worker in self.workers.items():
-            parent = CandidateNode.from_parent(session, name=name, nodeid=f"conformance[{name}]")
-            yield SmokeItem.from_parent(parent, name="smoke", worker=worker)
-            identity, settings = worker.identity, self.settings()
-            for check in checks(identity.profile, settings.level, settings.clauses):
-                label = f"{check.clause.id}-{check.name}"
-                yield CheckItem.from_parent(parent, name=label, worker=worker, check=check)
+            selected = checks(worker.identity.profile, settings.level, settings.clauses)
+            node = CandidateNode.from_parent(
+                session, name=name, nodeid=f"conformance[{name}]", worker=worker, checks=selected
+            )
+            report = node.ihook.pytest_make_collect_report(collector=node)
+            node.ihook.pytest_collectreport(report=report)
+            yield from report.result
 
     def close(self) -> None:
         for worker in self.workers.values():
@@ -184,8 +186,14 @@ class Session:
 class CandidateNode(pytest.Collector):
     """The node above all checks of one candidate."""
 
-    def collect(self) -> Iterable[pytest.Item]:
-        return ()
+    def __init__(self, *, worker: Worker, checks: Sequence[Check], **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.worker, self.checks = worker, checks
+
+    def collect(self) -> Iterator[pytest.Item]:
+        yield SmokeItem.from_parent(self, name="smoke", worker=self.worker)
+        for check in self.checks:
+            yield CheckItem.from_parent(self, name=f"{check.clause.id}-{check.name}", worker=self.worker, check=check)
 
 
 class Broken(Exception):
@@ -268,7 +276,7 @@ def _message(excinfo: pytest.ExceptionInfo[BaseException]) -> str:
 class _Findings:
     """What the items said, gathered where pytest gathers reports: also from the workers of pytest-xdist."""
 
-    by_candidate: dict[str, dict[str, Any]] = {}
+    by_candidate: ClassVar[dict[str, dict[str, Any]]] = {}
 
     @classmethod
     def collect(cls, report: pytest.TestReport) -> None:

@@ -117,7 +117,7 @@ def check(
         raise ValueError(f"unknown component {component!r}")
 
     def declare(judge: Judge) -> Check:
-        name = str(judge.__name__)  # type: ignore[attr-defined]
+        name = str(judge.__name__)
         bound = clause.profiles if profiles is None else profiles & clause.profiles
         earlier = tuple(c if isinstance(c, str) else c.name for c in after)
         return _add(_checks, name, Check(name, clause, on, component, judge, earlier, takes_raising, bound))
@@ -132,7 +132,7 @@ def fault(
     sentence."""
 
     def declare(apply: Callable[[Textbook], Textbook]) -> Fault:
-        id = str(apply.__name__).replace("_", "-")  # type: ignore[attr-defined]
+        id = str(apply.__name__).replace("_", "-")
         sentence = " ".join((apply.__doc__ or "").split())
         if not sentence:
             raise ValueError(f"fault {id!r} has no sentence")

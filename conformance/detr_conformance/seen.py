@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, Final
 
 import torch
 from scipy.optimize import linear_sum_assignment
@@ -21,6 +21,9 @@ from detr_conformance.candidate import Bound
 from detr_conformance.cases import Case
 from detr_conformance.observation import Grads, Observation
 from detr_reference.textbook import TERMS, Layer, Pairs, Textbook, textbook
+
+
+FITS: Final = 2e-3  # of a direction: far above float32 rounding, far below what another target would give
 
 
 @dataclass(frozen=True, eq=False)
@@ -216,18 +219,23 @@ class Seen:
         if all(g is None or not bool((g != 0).any()) for g in grads):
             return self.got.pairs.get(layer, best)
         rows = [_directions(g) for g in grads]
-        found = []
-        for b in range(len(best)):
-            own = [None if r is None else r[b] for r in rows]
-            if self._explains(layer, b, best[b], own):
-                found.append(best[b])
-                continue
-            theirs = self.got.pairs.get(layer)
-            if theirs and (self._explains(layer, b, theirs[b], own) or _supports(theirs[b], own)):
-                found.append(theirs[b])
-            else:
-                found.append(self._from_gradients(layer, b, own))
-        return found
+        return [self._pairs_of_image(layer, b, [None if r is None else r[b] for r in rows]) for b in range(len(best))]
+
+    def _pairs_of_image(self, layer: str, image: int, rows: list[Tensor | None]) -> Pairs:
+        """The matching that the gradient rows of an image point to: the textbook's or the matcher's where these fit,
+        else what fits best; and where a kink leaves none that fits, one that has gradient in the right rows."""
+        terms = list(zip(self._unit_grads(layer, image), rows, strict=True))
+        best = self.best[layer][image]
+        if all(_fits(best, want, row) for want, row in terms if row is not None):
+            return best
+        from_matcher = self.got.pairs.get(layer)
+        known = [best] if from_matcher is None else [best, from_matcher[image]]
+        other, trusted = self._from_gradients(layer, image, rows)
+        if trusted:
+            for pairs in (*known, other):
+                if all(_fits(pairs, *terms[t]) for t in trusted):
+                    return pairs
+        return next((pairs for pairs in reversed(known) if _supports(pairs, rows)), other)
 
     def _unit_grads(self, layer: str, image: int) -> tuple[Tensor, Tensor]:
         """Directions of the L1 and GIoU gradients [Q,n,4] that each query would get from each target."""
@@ -251,38 +259,44 @@ class Seen:
         giou = torch.autograd.grad((1 - self.book.giou(pred, wanted)).sum(), pred)[0]
         return starts, _directions((pred - wanted).detach().sign()), _directions(giou)  # type: ignore[return-value]
 
-    def _explains(self, layer: str, image: int, pairs: Pairs, rows: list[Tensor | None]) -> bool:
-        """True where the candidate's gradient rows point as this matching makes them point."""
-        for want, row in zip(self._unit_grads(layer, image), rows, strict=True):
-            if row is not None:
-                expected = torch.zeros_like(row)
-                expected[pairs.query] = want[pairs.query, pairs.target]
-                if float((expected - row).abs().max()) > 0.05:
-                    return False
-        return True
-
-    def _from_gradients(self, layer: str, image: int, rows: list[Tensor | None]) -> Pairs:
-        """The matching that fits the candidate's gradient rows best: rows with gradient first, then by direction.
-
-        A term whose gradient points to no target, whatever the matching, is wrong itself and has little say.
-        """
+    def _from_gradients(self, layer: str, image: int, rows: list[Tensor | None]) -> tuple[Pairs, list[int]]:
+        """The matching that fits the gradient rows best, rows with gradient first; and which terms (0 L1, 1 GIoU)
+        point clearly to some matching at all: one that does not is wrong itself and has no say."""
+        none = torch.zeros(0, dtype=torch.int64)
         if not self.case.counts[image]:
-            return Pairs(torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64))
-        total = 1e-6 * self.costs(layer, image)
-        for want, row in zip(self._unit_grads(layer, image), rows, strict=True):
+            return Pairs(none, none), []
+        misfits, trusted = [], []
+        for term, (want, row) in enumerate(zip(self._unit_grads(layer, image), rows, strict=True)):
             if row is not None:
                 some = (row.abs().sum(-1) > 0)[:, None].double()
-                misfit = (want - row[:, None]).norm(dim=-1) - 10 * some
-                fit = (misfit + 10)[linear_sum_assignment(misfit.numpy())].mean()
-                total = total + (misfit if fit < 0.2 else 1e-3 * misfit)
-        query, target = linear_sum_assignment(total.numpy())
-        return Pairs(torch.from_numpy(query), torch.from_numpy(target))
+                misfits.append((want - row[:, None]).norm(dim=-1) - 10 * some)
+                own = _assigned(misfits[-1])
+                if _fits(own, want, row):
+                    trusted.append(term)
+                else:
+                    misfits[-1] = 1e-3 * misfits[-1]
+        return _assigned(torch.stack(misfits).sum(0) + 1e-6 * self.costs(layer, image)), trusted
+
+
+def _assigned(costs: Tensor) -> Pairs:
+    query, target = linear_sum_assignment(costs.numpy())
+    return Pairs(torch.from_numpy(query), torch.from_numpy(target))
+
+
+def _fits(pairs: Pairs, want: Tensor, row: Tensor | None) -> bool:
+    """True where gradient rows [Q,4] point as a matching makes them point, ``want`` [Q,n,4] being each pair's way."""
+    if row is None:
+        return True
+    expected = torch.zeros_like(row)
+    expected[pairs.query] = want[pairs.query, pairs.target]
+    return float((expected - row).abs().max()) < FITS
 
 
 def _directions(rows: Tensor | None) -> Tensor | None:
     if rows is None:
         return None
-    return (rows / rows.norm(dim=-1, keepdim=True).clamp(min=1e-30)).nan_to_num()
+    unit: Tensor = rows / rows.norm(dim=-1, keepdim=True).clamp(min=1e-30)
+    return unit.nan_to_num()
 
 
 def _supports(pairs: Pairs, rows: list[Tensor | None]) -> bool:

@@ -41,8 +41,8 @@ def _counts(low: int, high: int, images: Sequence[int]) -> SearchStrategy[tuple[
 @st.composite
 def ordinary(draw: Callable[[SearchStrategy[T]], T]) -> Recipe:
     """One to three images, each with at least one target and no more targets than queries."""
-    counts: Any = draw(_counts(1, 3, (1, 2, 3)))
     pick: Any = draw
+    counts = pick(_counts(1, 3, (1, 2, 3)))
     return Recipe(
         seed=pick(_SEEDS),
         targets=counts,

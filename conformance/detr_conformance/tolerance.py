@@ -90,7 +90,7 @@ def of_cost(book: Textbook, x: Tensor, boxes: Tensor, target: dict[str, Tensor])
     return (
         o.set_cost_class * spread
         + o.set_cost_bbox * OPS * EPS * (pred.abs() + wanted.abs()).sum(-1)
-        + o.set_cost_giou * of_giou_pairs(*torch.broadcast_tensors(pred, wanted))
+        + o.set_cost_giou * of_giou_pairs(pred, wanted)
     )
 
 

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from detr_reference.options import Options
 
-Formula = Callable[..., Any]
+Formula = Callable[..., Tensor]
 Targets = Sequence[Mapping[str, Tensor]]
 TERMS = ("ce", "bbox", "giou")
 
@@ -82,8 +82,7 @@ def intersection(book: Textbook, a: Tensor, b: Tensor) -> Tensor:
 
 def union(book: Textbook, a: Tensor, b: Tensor, common: Tensor) -> Tensor:
     """U = |a| + |b| − I."""
-    total: Tensor = book.area(a) + book.area(b) - common
-    return total
+    return book.area(a) + book.area(b) - common
 
 
 def enclosing(book: Textbook, a: Tensor, b: Tensor) -> Tensor:
@@ -101,8 +100,7 @@ def giou(book: Textbook, pred: Tensor, target: Tensor) -> Tensor:
     a, b = book.corners(pred), book.corners(target)
     common = book.intersection(a, b)
     both, hull = book.union(a, b, common), book.enclosing(a, b)
-    value: Tensor = common / (both + book.o.giou_eps) - (hull - both) / (hull + book.o.giou_eps)
-    return value
+    return common / (both + book.o.giou_eps) - (hull - both) / (hull + book.o.giou_eps)
 
 
 def l1(book: Textbook, pred: Tensor, target: Tensor) -> Tensor:
@@ -132,8 +130,7 @@ def focal_difference(book: Textbook, x: Tensor) -> Tensor:
 
 def focal_cost(book: Textbook, x: Tensor, target: Mapping[str, Tensor]) -> Tensor:
     """COST-3. The focal difference at the label: [Q,K] to [Q,n]."""
-    cost: Tensor = book.focal_difference(x[:, target["labels"]])
-    return cost
+    return book.focal_difference(x[:, target["labels"]])
 
 
 def token_cost(book: Textbook, x: Tensor, target: Mapping[str, Tensor]) -> Tensor:
@@ -145,19 +142,17 @@ def token_cost(book: Textbook, x: Tensor, target: Mapping[str, Tensor]) -> Tenso
 def class_cost(book: Textbook, x: Tensor, target: Mapping[str, Tensor]) -> Tensor:
     """The class cost of the profile: logits [Q,C] to [Q,n]."""
     kinds = {"softmax": book.softmax_cost, "focal": book.focal_cost, "token": book.token_cost}
-    cost: Tensor = kinds[book.o.class_loss](x, target)
-    return cost
+    return kinds[book.o.class_loss](x, target)
 
 
 def cost(book: Textbook, x: Tensor, boxes: Tensor, target: Mapping[str, Tensor]) -> Tensor:
     """COST-1. λ_cls·cls + λ_bbox·L1 − λ_giou·GIoU of one image: [Q,n]. facebookresearch/detr models/matcher.py:77."""
     o, pred, wanted = book.o, boxes[:, None], target["boxes"][None]
-    total: Tensor = (
+    return (
         o.set_cost_class * book.class_cost(x, target)
         + o.set_cost_bbox * book.l1(pred, wanted)
         - o.set_cost_giou * book.giou(pred, wanted)
     )
-    return total
 
 
 def assign(book: Textbook, costs: Tensor) -> Pairs:
@@ -287,12 +282,11 @@ def loss_ce(
     book: Textbook, layer: Layer, targets: Targets, matches: Sequence[Pairs], nb: Tensor, mask: Tensor | None
 ) -> Tensor:
     """The class loss of the profile."""
-    loss: Tensor = (
+    return (
         book.softmax_loss(layer, targets, matches)
         if book.o.class_loss == "softmax"
         else book.focal_loss(layer, targets, matches, nb, mask)
     )
-    return loss
 
 
 def loss_bbox(book: Textbook, pred: Tensor, wanted: Tensor, nb: Tensor) -> Tensor:
@@ -341,14 +335,12 @@ def encoder_targets(book: Textbook, targets: Targets) -> Targets:
 
 def layer_targets(book: Textbook, layer: Layer, targets: Targets) -> Targets:
     """The targets that a layer is matched and trained with."""
-    wanted: Targets = book.encoder_targets(targets) if layer.name == "enc" else targets
-    return wanted
+    return book.encoder_targets(targets) if layer.name == "enc" else targets
 
 
 def layer_match(book: Textbook, layer: Layer, every: Sequence[Layer], targets: Targets) -> list[Pairs]:
     """MATCH-7. A layer is matched on its own predictions (``every``: all layers of the call)."""
-    found: list[Pairs] = book.match(layer, targets)
-    return found
+    return book.match(layer, targets)
 
 
 def layer_mask(book: Textbook, layer: Layer, outputs: Mapping[str, Any]) -> Tensor | None:
@@ -415,8 +407,8 @@ class Textbook:
     token_cost: Formula = token_cost
     class_cost: Formula = class_cost
     cost: Formula = cost
-    assign: Formula = assign
-    match: Formula = match
+    assign: Callable[..., Pairs] = assign
+    match: Callable[..., list[Pairs]] = match
     class_weight: Formula = class_weight
     softmax_class_target: Formula = softmax_class_target
     softmax_loss: Formula = softmax_loss
@@ -431,21 +423,21 @@ class Textbook:
     focal_loss: Formula = focal_loss
     class_divisor: Formula = class_divisor
     num_boxes: Formula = num_boxes
-    matched_boxes: Formula = matched_boxes
+    matched_boxes: Callable[..., tuple[Tensor, Tensor]] = matched_boxes
     loss_ce: Formula = loss_ce
     loss_bbox: Formula = loss_bbox
     loss_giou: Formula = loss_giou
-    layer_losses: Formula = layer_losses
-    layers: Formula = layers
-    encoder_targets: Formula = encoder_targets
-    layer_targets: Formula = layer_targets
-    layer_match: Formula = layer_match
-    layer_mask: Formula = layer_mask
+    layer_losses: Callable[..., dict[str, Tensor]] = layer_losses
+    layers: Callable[..., list[Layer]] = layers
+    encoder_targets: Callable[..., Targets] = encoder_targets
+    layer_targets: Callable[..., Targets] = layer_targets
+    layer_match: Callable[..., list[Pairs]] = layer_match
+    layer_mask: Callable[..., Tensor | None] = layer_mask
     layer_num_boxes: Formula = layer_num_boxes
-    logged: Formula = logged
-    losses: Formula = losses
-    indices: Formula = indices
-    weights: Formula = weights
+    logged: Callable[..., dict[str, Tensor]] = logged
+    losses: Callable[..., Result] = losses
+    indices: Callable[..., list[tuple[Tensor, Tensor]]] = indices
+    weights: Callable[..., dict[str, float]] = weights
 
     def __post_init__(self) -> None:
         # a formula becomes a method of this very bundle; replace() hands over methods of the old one, hence __func__
@@ -462,8 +454,7 @@ class Textbook:
         self, outputs: Mapping[str, Any], targets: Targets, given: Mapping[str, Sequence[Pairs]] | None = None
     ) -> Result:
         """All losses and matchings of one call; ``given`` fixes the matching of the layers it names."""
-        result: Result = self.losses(outputs, targets, given or {})
-        return result
+        return self.losses(outputs, targets, given or {})
 
 
 def _in_float64(target: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -114,6 +114,7 @@ def _rest(seen: Seen) -> Factors | None:
 
 _UNWEIGHTED = [logged_quantities_have_no_weight_and_losses_are_unweighted]
 _PROMPT = ["every_image_uses_its_own_prompt"]
+_TOKENS = [*_PROMPT, "every_token_of_the_class_is_a_positive"]
 
 # --- softmax ---
 
@@ -308,7 +309,7 @@ CLS_6 = clause(
 )
 
 
-@check(CLS_6, on=BATCH, component="class loss", after=[*_UNWEIGHTED, *_PROMPT])
+@check(CLS_6, on=BATCH, component="class loss", after=[*_UNWEIGHTED, *_TOKENS])
 def the_class_loss_is_a_sum(seen: Seen) -> Iterator[Comparison]:
     found = _rest(seen)
     if found:
@@ -351,7 +352,7 @@ def the_first_and_the_last_class_are_trained(seen: Seen) -> Iterator[Comparison]
         )
 
 
-@check(CLS_7, on=BATCH, component="class loss", profiles=TEXT, after=_PROMPT)
+@check(CLS_7, on=BATCH, component="class loss", profiles=TEXT, after=_TOKENS)
 def the_first_and_the_last_class_of_a_prompt_are_trained(seen: Seen) -> Iterator[Comparison]:
     grads = seen.got.grads.get(("ce", "final"), (None, None))[0]
     if grads is None:
@@ -414,7 +415,18 @@ CLS_8 = clause(
 )
 
 
-@check(CLS_8, on=EDGES, component="class loss")
+@check(
+    CLS_8,
+    on=EDGES,
+    component="class loss",
+    after=[
+        loss_ce_is_the_weighted_mean_of_all_queries,
+        every_query_and_channel_is_trained,
+        alpha_weighs_positives,
+        the_class_loss_is_a_sum,
+        "every_token_of_the_class_is_a_positive",
+    ],
+)
 def the_class_loss_without_targets_keeps_its_formula(seen: Seen) -> Iterator[Comparison]:
     if seen.case.total:
         return

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -129,7 +129,7 @@ def giou_lowers_the_cost(seen: Seen) -> Iterator[Comparison]:
     yield from _duel(seen, "giou")
 
 
-def _cost(class_: float, bbox: float, giou: float):  # type: ignore[no-untyped-def]
+def _cost(class_: float, bbox: float, giou: float) -> Callable[..., Tensor]:
     """A cost whose three terms are multiplied by these numbers once more."""
 
     def cost(book: Textbook, x: Tensor, boxes: Tensor, target: Mapping[str, Tensor]) -> Tensor:
@@ -200,7 +200,7 @@ def the_l1_cost_is_the_sum_of_four_differences(seen: Seen) -> Iterator[Compariso
     yield from _duel(seen, "bbox")
 
 
-def _cost_with_distance(distance):  # type: ignore[no-untyped-def]
+def _cost_with_distance(distance: Callable[[Textbook, Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
     def cost(book: Textbook, x: Tensor, boxes: Tensor, target: Mapping[str, Tensor]) -> Tensor:
         o, pred, wanted = book.o, boxes[:, None], target["boxes"][None]
         total: Tensor = (
@@ -242,10 +242,11 @@ def matching_weights_are_not_loss_weights(seen: Seen) -> Iterator[Comparison]:
                 want, got = in_words(one), in_words(two)
                 yield holds(want == got, f"matching of image {b} under other loss weights", f"{want}, as {name}", got)
     if "other weights" in seen.case.label and seen.got.weights and seen.bound.candidate.own_weights:
-        for key, want in (("ce", o.ce_loss_coef), ("bbox", o.bbox_loss_coef), ("giou", o.giou_loss_coef)):
-            if f"loss_{key}" in seen.got.weights:
+        for key, weight in (("ce", o.ce_loss_coef), ("bbox", o.bbox_loss_coef), ("giou", o.giou_loss_coef)):
+            returned = seen.got.weights.get(f"loss_{key}")
+            if returned is not None:
                 how = "the loss weight, whatever the matching weights are"
-                yield agree(f"weight_dict['loss_{key}']", want, seen.got.weights[f"loss_{key}"], 1e-6 * abs(want), how)
+                yield agree(f"weight_dict['loss_{key}']", weight, returned, 1e-6 * abs(weight), how)
 
 
 @fault(matching_weights_are_not_loss_weights, fix="hand set_cost_* to the matcher")

@@ -137,16 +137,17 @@ def logged_quantities_have_no_weight_and_losses_are_unweighted(seen: Seen) -> It
     scaled = [
         term
         for term in TERMS
-        if base[term] != 1
-        and abs(seen.got.losses.get(f"loss_{term}", 0.0) - base[term] * seen.want.losses[f"loss_{term}"])
+        if abs(seen.got.losses.get(f"loss_{term}", 0.0) - base[term] * seen.want.losses[f"loss_{term}"])
         <= base[term] * seen.allowed(term, "final")
         and abs(seen.want.losses[f"loss_{term}"]) > 1e-3
     ]
-    for term in scaled if len(scaled) > 1 else ():
+    # all three, by factors that differ: else it is some other mistake
+    weighted = len(scaled) == len(TERMS) and len(set(base.values())) > 1
+    for term in scaled if weighted else ():
         key, want = f"loss_{term}", seen.want.losses[f"loss_{term}"]
         got = f"{number(seen.got.losses[key])}, {base[term]:g} times as much: its weight"
-        yield holds(False, key, f"{number(want)}, unweighted", got)
-    yield holds(len(scaled) < 2, "the losses", "unweighted", "weighted" if len(scaled) > 1 else "unweighted")
+        yield holds(base[term] == 1, key, f"{number(want)}, unweighted", got)
+    yield holds(not weighted, "the losses", "unweighted", "weighted" if weighted else "unweighted")
 
 
 @fault(

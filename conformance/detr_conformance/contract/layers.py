@@ -117,10 +117,18 @@ LAYER_4 = clause(
 
 @check(LAYER_4, on=BATCH, component="encoder")
 def encoder_outputs_get_every_loss(seen: Seen) -> Iterator[Comparison]:
-    if "enc" not in seen.case.layers:
-        return
-    yield from _returned(seen, "enc")
-    for term in TERMS:
+    if "enc" in seen.case.layers:
+        yield from _returned(seen, "enc")
+
+
+@check(
+    LAYER_4,
+    on=BATCH,
+    component="encoder",
+    after=["every_query_and_channel_is_trained", "every_token_of_the_class_is_a_positive"],
+)
+def encoder_outputs_are_trained_on_their_class_targets(seen: Seen) -> Iterator[Comparison]:
+    for term in TERMS if "enc" in seen.case.layers else ():
         if seen.agrees(term, "final"):  # else the formula is to blame, not the encoder
             yield from value(seen, term, "enc", f"class targets: {seen.case.options.encoder_targets}")
 
@@ -142,7 +150,7 @@ def no_encoder_losses(book: Textbook) -> Textbook:
     )
 
 
-@fault(encoder_outputs_get_every_loss, fix="use the option's class targets")
+@fault(encoder_outputs_are_trained_on_their_class_targets, fix="use the option's class targets")
 def encoder_class_targets_exchanged(book: Textbook) -> Textbook:
     """The encoder's class targets are class 0 where they should be real, and real where they should be class 0."""
 

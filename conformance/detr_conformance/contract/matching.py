@@ -57,6 +57,8 @@ def _kinked(seen: Seen) -> bool:
 
 # --- clauses ---
 
+_COSTS = ["the_cost_is_the_weighted_sum_of_the_three"]
+
 MATCH_2 = clause(
     "MATCH-2",
     "must",
@@ -196,7 +198,13 @@ MATCH_4 = clause(
 )
 
 
-@check(MATCH_4, on=PERMUTED, component="matching", takes_raising=True, after=["every_image_uses_its_own_prompt"])
+@check(
+    MATCH_4,
+    on=PERMUTED,
+    component="matching",
+    takes_raising=True,
+    after=[the_assignment_is_optimal, "every_image_uses_its_own_prompt"],
+)
 def order_does_not_matter(seen: Seen) -> Iterator[Comparison]:
     for name, twin in seen.twins.items():
         for layer in seen.case.layers:
@@ -244,6 +252,24 @@ def no_targets_and_too_many_are_matched(seen: Seen) -> Iterator[Comparison]:
             if found is not None and not _kinked(seen):
                 what = f"queries of image {b}, {layer}, whose box gets a gradient ({n} targets)"
                 yield holds(len(found[b]) == want, what, f"{want}", f"{len(found[b])}")
+
+
+@check(MATCH_5, on=EDGES, component="matching", after=[the_assignment_is_optimal, *_COSTS])
+def of_too_many_targets_the_best_are_matched(seen: Seen) -> Iterator[Comparison]:
+    for layer in seen.case.layers:
+        if max(seen.case.counts) > seen.layers[layer].boxes.shape[1]:
+            yield from optimal(seen, layer)
+
+
+@fault(of_too_many_targets_the_best_are_matched, fix="give the solver all targets")
+def first_targets_only(book: Textbook) -> Textbook:
+    """Of more targets than queries only the first are considered."""
+
+    def assign(inner: Textbook, costs: Tensor) -> Pairs:
+        found: Pairs = book.under(inner.o).assign(costs[:, : len(costs)])
+        return found
+
+    return replace(book, assign=assign)
 
 
 @fault(no_targets_and_too_many_are_matched, seen_in="longzw1997/Open-GroundingDino #41", fix="match min(Q, n) pairs")
@@ -299,7 +325,7 @@ MATCH_7 = clause(
 )
 
 
-@check(MATCH_7, on=LAYERS, component="matching", after=[the_assignment_is_optimal])
+@check(MATCH_7, on=LAYERS, component="matching", after=[the_assignment_is_optimal, *_COSTS])
 def every_layer_is_matched_on_its_own_predictions(seen: Seen) -> Iterator[Comparison]:
     if all(c.ok for c in optimal(seen, "final")):  # else the costs are to blame
         for layer in seen.case.layers[1:]:

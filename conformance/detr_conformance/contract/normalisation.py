@@ -202,6 +202,38 @@ def divided_by_the_matches(book: Textbook) -> Textbook:
     return replace(book, layer_num_boxes=layer_num_boxes)
 
 
+@check(
+    NORM_3,
+    on=EDGES,
+    component="class loss",
+    profiles=EVERY - DETR,
+    after=[
+        "every_query_and_channel_is_trained",
+        "the_class_loss_is_a_sum",
+        "every_token_of_the_class_is_a_positive",
+        "every_image_uses_its_own_prompt",
+    ],
+)
+def the_class_loss_has_its_divisor(seen: Seen) -> Iterator[Comparison]:
+    if seen.case.total and any(n > seen.case.queries for n in seen.case.counts):
+        divisor = {"boxes": "all targets", "matches": "the pairs"}[seen.case.options.class_divisor]
+        yield from value(seen, "ce", "final", f"divided by {divisor}")
+
+
+@fault(
+    the_class_loss_has_its_divisor,
+    seen_in="longzw1997/Open-GroundingDino, as the option class_divisor='matches'",
+    fix="divide by the targets, or declare class_divisor='matches'",
+)
+def class_loss_divided_by_the_matches(book: Textbook) -> Textbook:
+    """The class loss is divided by the number of matched pairs."""
+
+    def class_divisor(book: Textbook, nb: Tensor, matches: Sequence[Pairs]) -> Tensor:
+        return torch.tensor(float(max(sum(map(len, matches)), 1)), dtype=torch.float64)
+
+    return replace(book, class_divisor=class_divisor)
+
+
 NORM_4 = clause("NORM-4", "must", EVERY, "One nb serves all layers.", ["facebookresearch/detr models/detr.py:227-250"])
 
 

@@ -99,7 +99,7 @@ NUM_2 = clause(
 def extremes_stay_finite(seen: Seen) -> Iterator[Comparison]:
     for layer in seen.case.layers:
         for term, key in zip(TERMS, seen.case.keys(layer), strict=True):
-            if key in seen.got.losses:
+            if key in seen.got.losses and (seen.case.total or term == "ce"):
                 got = seen.got.losses[key]
                 yield holds(math.isfinite(got), key, "finite", number(got))
             for name, grad in zip(("logits", "boxes"), seen.got.grads.get((term, layer), (None, None)), strict=True):
