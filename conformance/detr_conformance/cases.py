@@ -465,21 +465,22 @@ def contested_case(
     while True:
         rng = np.random.default_rng(seed)
         centre = rng.uniform(0.35, 0.65, (1, 2))
-        wanted = np.concatenate([centre + rng.normal(0, 0.12, (n, 2)), rng.uniform(0.15, 0.3, (n, 2))], -1)
+        wanted = np.concatenate([centre + rng.normal(0, 0.12, (n, 2)), rng.uniform(0.15, 0.3, (n, 2))], -1).round(3)
         pred = np.concatenate([centre + rng.normal(0, 0.12, (queries, 2)), rng.uniform(0.15, 0.3, (queries, 2))], -1)
-        pred, wanted = pred.round(3), wanted.round(3)
-        a, b = torch.from_numpy(pred)[:, None], torch.from_numpy(wanted)[None]
-        l1, giou = book.l1(a, b).numpy(), -book.giou(a, b).numpy()
-        corners = book.l1(book.corners(a), book.corners(b)).numpy()
-        costs = [l1, corners, (a - b).norm(dim=-1).numpy(), giou, 5 * l1 + 2 * giou]
-        best = [_assigned(c) for c in costs]
-        clear = all(b == best[0] and _margin(c, b) > 0.05 * abs(c).max() for c, b in zip(costs, best, strict=True))
-        greedy = not greedy_fails or all(
-            found != best[0] for c in costs for found in (_greedy(c), _in_order(c, 1 if seed % 2 else -1))
-        )
-        if clear and greedy:
-            break
+        pred = pred.round(3)
+        greedy_order = 1 if seed % 2 else -1
         seed += 2  # so that the order that must fail stays
+        difference = pred[:, None] - wanted[None]
+        l1 = np.abs(difference).sum(-1)
+        best = _assigned(l1)
+        if greedy_fails and (_greedy(l1) == best or _in_order(l1, greedy_order) == best):
+            continue
+        a, b = torch.from_numpy(pred)[:, None], torch.from_numpy(wanted)[None]
+        giou = -book.giou(a, b).numpy()
+        corners = book.l1(book.corners(a), book.corners(b)).numpy()
+        costs = [l1, corners, np.sqrt((difference**2).sum(-1)), giou, 5 * l1 + 2 * giou]
+        if all(_assigned(c) == best and _margin(c, best) > 0.05 * abs(c).max() for c in costs):
+            break
     channels = 5 if o.class_loss == "token" else o.channels
     outputs: dict[str, Any] = {
         "pred_logits": torch.zeros(1, queries, channels),

@@ -46,7 +46,7 @@ class Experiment:
 
 
 def _call(bound: Bound, case: Case, criterion: Any = None) -> Seen:
-    return Seen(bound, case, observe(bound, case, criterion=criterion))
+    return Seen(bound, case, observe(bound, case, criterion=criterion, inputs=criterion is not None))
 
 
 def _value(bound: Bound, case: Case) -> Seen:

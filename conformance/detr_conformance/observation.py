@@ -87,8 +87,13 @@ def foreign(what: str) -> Iterator[None]:
             tell("")
 
 
-def observe(bound: Bound, case: Case, *, criterion: Any = None, grads: bool = True) -> Observation:
-    """Call the candidate on a case, with a criterion built for it unless one is given."""
+def observe(
+    bound: Bound, case: Case, *, criterion: Any = None, grads: bool = True, inputs: bool = False
+) -> Observation:
+    """Call the candidate on a case, with a criterion built for it unless one is given.
+
+    ``grads``: differentiate what it returns · ``inputs``: look whether it changes its inputs.
+    """
     outputs, targets, leaves = case.fresh()
     raised = ""
     returned: Any = None
@@ -96,9 +101,9 @@ def observe(bound: Bound, case: Case, *, criterion: Any = None, grads: bool = Tr
         try:
             if criterion is None:
                 criterion = bound.build(case.options)
-            before = _snapshot((outputs, targets))
+            before = _snapshot((outputs, targets)) if inputs else {}
             returned = criterion(outputs, targets)
-            changed = _difference(before, _snapshot((outputs, targets)))
+            changed = _difference(before, _snapshot((outputs, targets))) if inputs else ""
         except (Exception, SystemExit, RecursionError) as error:
             raised = said(error)
     if not raised and not isinstance(returned, Mapping):

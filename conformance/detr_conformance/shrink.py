@@ -12,55 +12,71 @@ from torch import Tensor
 from detr_conformance.cases import ENC, FINAL, Case
 
 ATTEMPTS = 60
-SECONDS = 1.5
+SECONDS = 2.0
 
 
 def smallest(case: Case, fails: Callable[[Case], bool], classes_vary: bool) -> Case:
-    """A case that ``fails`` still, and of which no single simplification does. ``fails`` must hold for ``case``.
+    """The simplest case found that ``fails`` still; ``fails`` must hold for ``case``.
 
-    Stops after ATTEMPTS calls, so that the result is the same on every machine; SECONDS bound a slow candidate.
+    One kind of simplification after the other, the boldest first, each as often as it succeeds. Stops after ATTEMPTS
+    calls, so that the result is the same on every machine; SECONDS bound a slow candidate.
     """
     end, left = time.monotonic() + SECONDS, ATTEMPTS
     progress = True
     while progress:
         progress = False
-        for simpler in _simpler(case, classes_vary):
-            if not left or time.monotonic() > end:
-                return case
-            left -= 1
-            if fails(simpler):
-                case, progress = simpler, True
-                break
+        for simpler in _fewer_layers, _fewer_images, _fewer_targets, _fewer_queries, _fewer_channels, _plainer_numbers:
+            attempts = simpler(case, classes_vary)
+            while (attempt := next(attempts, None)) is not None:
+                if not left or time.monotonic() > end:
+                    return case
+                left -= 1
+                if fails(attempt):
+                    case, progress = attempt, True
+                    attempts = simpler(case, classes_vary)
     return case
 
 
-def _simpler(case: Case, classes_vary: bool) -> Iterator[Case]:
-    """Simplifications of a case, the boldest first."""
-    aux, images = len(case.outputs.get("aux_outputs", ())), len(case.counts)
+def _fewer_layers(case: Case, classes_vary: bool) -> Iterator[Case]:
+    aux = len(case.outputs.get("aux_outputs", ()))
     if case.has_encoder:
         yield replace(case, outputs={k: v for k, v in case.outputs.items() if k != case.options.encoder_key})
     if aux:
         yield _with_aux(case, 0, classes_vary)
     if aux > 1:
         yield _with_aux(case, 1, classes_vary)
-    if images > 1:
-        for b in range(images):
-            yield case.images([b])
-        for b in range(images if images > 2 else 0):
-            yield case.images([i for i in range(images) if i != b])
+
+
+def _fewer_images(case: Case, classes_vary: bool) -> Iterator[Case]:
+    images = range(len(case.counts))
+    if len(images) > 1:
+        yield from (case.images([b]) for b in images)
+    if len(images) > 2:
+        yield from (case.images([i for i in images if i != b]) for b in images)
+
+
+def _fewer_targets(case: Case, classes_vary: bool) -> Iterator[Case]:
     for b, n in enumerate(case.counts):
-        for t in range(n):
-            yield _without_target(case, b, t)
+        yield from (_without_target(case, b, t) for t in range(n))
+
+
+def _fewer_queries(case: Case, classes_vary: bool) -> Iterator[Case]:
     for layer in (FINAL, ENC) if case.has_encoder else (FINAL,):
         size = case.predictions(layer)["pred_logits"].shape[1]
-        if size > 2:
+        if size > 3:
             yield _with_queries(case, layer, list(range(size // 2)))
-        for q in range(size if size > 1 else 0):
-            yield _with_queries(case, layer, [i for i in range(size) if i != q])
-    if classes_vary and case.options.class_loss != "token":
-        yield from _fewer_classes(case)
+        if size > 1:
+            yield from (_with_queries(case, layer, [i for i in range(size) if i != q]) for q in range(size))
+
+
+def _fewer_channels(case: Case, classes_vary: bool) -> Iterator[Case]:
     if "text_mask" in case.outputs:
         yield from _fewer_tokens(case)
+    elif classes_vary:
+        yield from _fewer_classes(case)
+
+
+def _plainer_numbers(case: Case, classes_vary: bool) -> Iterator[Case]:
     for change in (_flat_logits, _whole_logits, _grid_boxes):
         simpler = change(case)
         if simpler is not None:

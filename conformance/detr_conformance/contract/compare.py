@@ -22,8 +22,10 @@ def agree(what: str, want: float, got: float | None, allowed: float, how: str = 
     if got is None:
         return Comparison(False, what, number(want), "no such loss", how=how)
     ok = math.isfinite(got) and abs(got - want) <= allowed
-    share = "" if ok or not want or not math.isfinite(got) else f"off {100 * (got - want) / abs(want):+.3g} %, "
-    return Comparison(ok, what, number(want), number(got), f"{share}allowed ±{allowed:.1e}", how)
+    if ok:
+        return Comparison(True, what, "", "")  # nobody will read it
+    share = f"off {100 * (got - want) / abs(want):+.3g} %, " if want and math.isfinite(got) else ""
+    return Comparison(False, what, number(want), number(got), f"{share}allowed ±{allowed:.1e}", how)
 
 
 def holds(ok: bool, what: str, want: str, got: str, how: str = "") -> Comparison:
@@ -39,9 +41,9 @@ def unless_tied(seen: Seen, layers: Iterable[str], comparison: Comparison) -> It
 
 def agree_rows(what: str, want: Tensor, got: Tensor, allowed: Tensor, how: str = "") -> Comparison:
     """Every entry of ``got`` must be within ``allowed`` of ``want``; the worst one is reported by its place."""
+    if bool(((got - want).abs() <= allowed).all()):
+        return Comparison(True, what, "", "")
     beyond = ((got - want).abs() / allowed.clamp(min=1e-300)).nan_to_num(nan=math.inf, posinf=math.inf)
-    if not beyond.numel():
-        return Comparison(True, what, "nothing", "nothing", how=how)
     at = tuple(int(i) for i in torch.unravel_index(beyond.argmax(), beyond.shape))
     place = "".join(f"[{i}]" for i in at)
     return agree(f"{what}{place}", float(want[at]), float(got[at]), float(allowed[at]), how)

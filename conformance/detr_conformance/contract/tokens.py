@@ -144,15 +144,16 @@ TOKEN_4 = clause(
 
 @check(TOKEN_4, on=ALONE, component="tokens", takes_raising=True)
 def every_image_uses_its_own_prompt(seen: Seen) -> Iterator[Comparison]:
-    yield from added_up(seen, "ce")
     for b, (name, twin) in enumerate(seen.twins.items()):
         own, alone = (s.got.grads.get(("ce", "final"), (None, None))[0] for s in (seen, twin))
         if own is None or alone is None or not twin.agrees("ce", "final"):
             continue
-        pulled, right = (own[b] < 0).nonzero().tolist(), (alone[0] < 0).nonzero().tolist()
-        what = f"[query, token] that are trained as positives in image {b}"
-        same = holds(pulled == right, what, f"{right}, as {name}", f"{pulled} in the batch")
-        yield from unless_tied(twin, ["final"], same)
+        for q in range(seen.case.queries):
+            pulled, right = ((grad < 0).nonzero()[:, 0].tolist() for grad in (own[b, q], alone[0, q]))
+            what = f"tokens that query {q} of image {b} is trained to find"
+            same = holds(pulled == right, what, f"{right}, as {name}", f"{pulled} in the batch")
+            yield from unless_tied(twin, ["final"], same)
+    yield from added_up(seen, "ce")
 
 
 @fault(

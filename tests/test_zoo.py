@@ -1,0 +1,42 @@
+"""Criterions written without a look at the suite: the right ones pass, whatever their style; the wrong ones do not.
+
+The whole zoo has several hundred wrong ones; a tenth of them, spread evenly, is judged here. All of them:
+
+    python tests/test_zoo.py [WORDS OF AN ID]
+"""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+from zoo import RIGHT, WRONG
+
+from detr_conformance import judge
+from detr_conformance.registry import clauses
+
+MUST = {c.id for c in clauses() if c.level == "must"}
+JUDGED = [w for w in WRONG if MUST & set(w.clause)]
+
+
+@pytest.mark.parametrize("right", RIGHT, ids=lambda r: r.id)
+def test_a_right_criterion_raises_no_false_alarm(right):
+    report = judge(right.factory, profile=right.profile, level="should" if right.should else "must", effort="quick")
+    assert report.conformant, [f.message for f in report.findings if f.verdict not in ("pass", "declined")]
+
+
+@pytest.mark.parametrize("wrong", JUDGED[::10], ids=lambda w: w.id)
+def test_a_wrong_criterion_is_found(wrong):
+    assert not judge(wrong.factory, profile=wrong.profile, effort="quick").conformant, wrong.sentence
+
+
+if __name__ == "__main__":
+    words = sys.argv[1:]
+    chosen = [w for w in JUDGED if all(word in w.id for word in words)]
+    missed = []
+    for wrong in chosen:
+        report = judge(wrong.factory, profile=wrong.profile, effort="quick")
+        broken = sorted({f.clause for f in report.failed})
+        print("missed" if report.conformant else "found ", wrong.id, *broken, flush=True)
+        missed += [wrong.id] if report.conformant else []
+    print(f"{len(chosen) - len(missed)} of {len(chosen)} found", *missed)
