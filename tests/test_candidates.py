@@ -5,10 +5,10 @@ from __future__ import annotations
 import textwrap
 import time
 
-import candidates
 import pytest
 import torch
 
+import candidates
 from detr_conformance import Candidate, CandidateError, ConformanceError, judge
 from detr_conformance.candidate import bind, resolve
 

@@ -83,11 +83,17 @@ def test_a_miswired_criterion_ends_with_1_and_nothing_is_judged(run):
         (["--candidate=candidates:not_callable"], "is a int, not a callable"),
     ],
 )
-@pytest.mark.parametrize("workers", [(), ("-n", "2")])
-def test_a_wrong_use_ends_with_4_and_one_sentence(run, arguments, words, workers):
-    result = run(*arguments, *workers)
+def test_a_wrong_use_ends_with_4_and_one_sentence(run, arguments, words):
+    result = run(*arguments)
     assert result.ret == 4
     assert words in printed(result)
+    assert "Traceback" not in printed(result)
+
+
+def test_a_wrong_use_ends_before_any_worker_starts(run):
+    result = run("--candidate=no_such_module", "-n", "2")
+    assert result.ret == 4
+    assert "there is no module 'no_such_module'" in printed(result)
     assert "Traceback" not in printed(result)
 
 
@@ -207,6 +213,16 @@ def test_the_screen_of_a_right_criterion(run):
 
         detr, must: CONFORMANT  47 of 47 clauses met"""
     assert screen == textwrap.dedent(want)
+
+
+def test_the_report_is_written_whole(pytester, run):
+    import json
+
+    run("--candidate=detr_reference.criterion", *FAST, "--conformance-report=out")
+    (report,) = json.loads((pytester.path / "out" / "report.json").read_text("utf-8"))["reports"]
+    assert report["conformant"]
+    assert report["profile"] == "detr"
+    assert {f["clause"] for f in report["findings"]} == {"NORM-5", *(f"KEY-{i}" for i in range(1, 7))}
 
 
 def test_messages_fit_into_a_terminal_of_84_columns(run):

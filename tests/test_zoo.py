@@ -10,10 +10,10 @@ from __future__ import annotations
 import sys
 
 import pytest
-from zoo import RIGHT, WRONG
 
 from detr_conformance import judge
 from detr_conformance.registry import clauses
+from zoo import RIGHT, WRONG
 
 MUST = {c.id for c in clauses() if c.level == "must"}
 JUDGED = [w for w in WRONG if MUST & set(w.clause)]

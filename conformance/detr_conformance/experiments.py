@@ -236,10 +236,9 @@ def _one_class(bound: Bound) -> Options:
 
 
 MOVES: Mapping[str, Callable[[Tensor], Tensor]] = {
-    "moved together by (1/16, −1/8)": lambda b: b + torch.tensor([0.0625, -0.125, 0, 0]),
-    "mirrored left to right": lambda b: b * torch.tensor([-1.0, 1, 1, 1]) + torch.tensor([1.0, 0, 0, 0]),
-    "half as wide": lambda b: b * torch.tensor([0.5, 1, 0.5, 1]),
-    "a quarter as high": lambda b: b * torch.tensor([1, 0.25, 1, 0.25]),
+    "both moved by (1/16, −1/8)": lambda b: b + torch.tensor([0.0625, -0.125, 0, 0]),
+    "both mirrored, and half as wide": lambda b: b * torch.tensor([-0.5, 1, 0.5, 1]) + torch.tensor([1.0, 0, 0, 0]),
+    "both a quarter as high": lambda b: b * torch.tensor([1, 0.25, 1, 0.25]),
 }
 SWAPPED = "prediction and target swapped"
 FARTHER = "farther apart"
@@ -303,7 +302,7 @@ def _certain(bound: Bound) -> Iterator[Case]:
 CERTAIN = Experiment("certain", "assignments that every cost agrees on", _certain, None, _call)
 
 
-DUELS = Experiment("duels", "two queries that cost nearly the same", _duels, _seeds(_drawn_duel), _duel, share=0.5)
+DUELS = Experiment("duels", "two queries that cost nearly the same", _duels, _seeds(_drawn_duel), _duel, share=0.25)
 
 
 # --- the same thing twice, in other ways ---

@@ -22,7 +22,6 @@ from detr_conformance.cases import Case
 from detr_conformance.observation import Grads, Observation
 from detr_reference.textbook import TERMS, Layer, Pairs, Textbook, textbook
 
-
 FITS: Final = 2e-3  # of a direction: far above float32 rounding, far below what another target would give
 
 

@@ -11,6 +11,15 @@ Style = Literal["", "good", "bad", "quiet", "bold"]
 Part = tuple[str, Style]
 
 
+def screen(report: Report) -> Iterator[list[Part]]:
+    """All lines of a report."""
+    yield from header(report)
+    yield []
+    yield from components(report.findings)
+    yield []
+    yield from last(report)
+
+
 def header(report: Report) -> Iterator[list[Part]]:
     """Who is judged, and how."""
     v = report.versions
