@@ -40,11 +40,15 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """The known faults that fit the numbers: id and sentence of each, and on how many inputs they agree."""
+    """The known faults that fit the numbers: id and sentence of each, and on how many inputs they agree.
+
+    ``advice``: where the first of them was seen, and its usual fix.
+    """
 
     faults: tuple[tuple[str, str], ...]
     agree: int
     tried: int
+    advice: str = ""
 
 
 @dataclass(frozen=True)

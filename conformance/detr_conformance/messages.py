@@ -11,7 +11,7 @@ from detr_conformance.cases import Case
 from detr_conformance.findings import Diagnosis, Evidence
 
 FEW: Final = 120  # numbers that are still printed in full
-INDENT: Final = " " * 10
+INDENT: Final = " " * 12
 WIDTH: Final = 84
 
 
@@ -26,8 +26,9 @@ def failure(
     lines += _field("want", evidence.want + (f"   {evidence.how}" if evidence.how else ""))
     lines += _field("got", evidence.got + (f"   ({evidence.allowed})" if evidence.allowed else ""))
     if diagnosis:
-        known = " or ".join(f'{id} "{sentence}"' for id, sentence in diagnosis.faults)
+        known = " or ".join(f'{id} "{sentence.rstrip(".")}"' for id, sentence in diagnosis.faults)
         lines += _field("looks like", f"{known} ({diagnosis.agree} of {diagnosis.tried} inputs)")
+        lines += _field("", diagnosis.advice) if diagnosis.advice else []
     lines += _field("rerun", f"pytest --candidate={candidate} --clause={clause}")
     return "\n".join(lines)
 
@@ -37,9 +38,9 @@ def _field(name: str, text: str) -> list[str]:
     lines: list[str] = []
     for line in text.splitlines() or [""]:
         inner = "" if not lines else "    "
-        lines += textwrap.wrap(line, WIDTH - 16, subsequent_indent=inner, break_long_words=False) or [""]
+        lines += textwrap.wrap(line, WIDTH - 18, subsequent_indent=inner, break_long_words=False) or [""]
     first, *rest = lines
-    return [f"      {name:<10}{first}", *(f"      {INDENT}{line}" for line in rest)]
+    return [f"      {name:<12}{first}", *(f"      {INDENT}{line}" for line in rest)]
 
 
 def inputs(case: Case) -> str:

@@ -10,7 +10,7 @@ import platform
 import time
 import traceback
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Final
 
@@ -19,6 +19,7 @@ import numpy as np
 from detr_conformance import experiments, messages, shrink
 from detr_conformance.candidate import Bound, bind
 from detr_conformance.cases import Case, Recipe, build
+from detr_conformance.diagnosis import diagnose
 from detr_conformance.errors import ConformanceError
 from detr_conformance.experiments import Experiment
 from detr_conformance.findings import Evidence, Finding, Report
@@ -31,6 +32,7 @@ EFFORTS: Final = {"quick": 0, "standard": 100, "deep": 3000}
 LEVELS: Final = ("must", "should")
 SMOKE: Final = "smoke"
 RAISES: Final = "the call"
+TELLING: Final = 6  # failing cases on which known faults are compared with the candidate
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,7 @@ class _Tally:
     check: Check
     decided: int = 0
     failing: tuple[Case, Comparison] | None = None
+    cases: list[Case] = field(default_factory=list)
 
 
 class Judge:
@@ -126,10 +129,11 @@ class Judge:
             if self._tally(other).failing is not None:
                 return _finding(check, "blocked", f"blocked by {other.clause.id}, {other.name.replace('_', ' ')}")
         evidence = self._evidence(check, *tally.failing)
+        looks_like = None if comparison.what == RAISES else diagnose(self.bound, check, tally.cases)
         message = messages.failure(
-            check.clause.id, check.clause.sentence, check.clause.level, evidence, self.bound.name
+            check.clause.id, check.clause.sentence, check.clause.level, evidence, self.bound.name, looks_like
         )
-        return _finding(check, "fail", message, evidence, tally.decided)
+        return replace(_finding(check, "fail", message, evidence, tally.decided), diagnosis=looks_like)
 
     def failing(self, check: Check) -> Comparison | None:
         """What ``check`` itself finds wrong, whatever it comes after; None where it finds nothing."""
@@ -184,7 +188,11 @@ class Judge:
             for tally in tallies.values():
                 for comparison in judged(tally.check, seen):
                     tally.decided += 1
-                    if not comparison.ok and (tally.failing is None or _size(case) < _size(tally.failing[0])):
+                    if comparison.ok:
+                        continue
+                    if len(tally.cases) < TELLING and case not in tally.cases:
+                        tally.cases.append(case)
+                    if tally.failing is None or _size(case) < _size(tally.failing[0]):
                         tally.failing = (case, comparison)
         self._raised[experiment.name] = "" if returned else raised
         return tallies

@@ -211,10 +211,10 @@ def every_query_and_channel_is_trained(seen: Seen) -> Iterator[Comparison]:
 @fault(every_query_and_channel_is_trained, seen_in="an early Grounding DINO trainer", fix="train all queries")
 def focal_loss_on_matched_queries_only(book: Textbook) -> Textbook:
     """The focal loss is taken on matched pairs only: the background is never trained."""
-    return replace(book, **_matched_only(book))
+    return replace(book, **matched_only(book))
 
 
-def _matched_only(book: Textbook):  # type: ignore[no-untyped-def]
+def matched_only(book: Textbook):  # type: ignore[no-untyped-def]
     def wrap(name: str):  # type: ignore[no-untyped-def]
         def target(inner: Textbook, x: Tensor, target: Mapping[str, Tensor], pairs: Pairs) -> Tensor:
             y: Tensor = getattr(book.under(inner.o), name)(x, target, pairs)

@@ -47,7 +47,8 @@ _UNWEIGHTED = [logged_quantities_have_no_weight_and_losses_are_unweighted]
 
 @check(NORM_1, on=BATCH, component="L1", after=_UNWEIGHTED)
 def loss_bbox_is_the_sum_of_l1_over_nb(seen: Seen) -> Iterator[Comparison]:
-    yield from value(seen, "bbox", "final", _l1_by_hand(seen))
+    if seen.case.total:
+        yield from value(seen, "bbox", "final", _l1_by_hand(seen))
 
 
 @check(
@@ -57,7 +58,9 @@ def loss_bbox_is_the_sum_of_l1_over_nb(seen: Seen) -> Iterator[Comparison]:
     after=[*_UNWEIGHTED, corners_are_half_a_side_from_the_centre, loss_giou_is_one_minus_giou_of_the_pair],
 )
 def loss_giou_is_the_sum_over_nb(seen: Seen) -> Iterator[Comparison]:
-    yield from value(seen, "giou", "final", f"Σ (1 − GIoU) of {len(seen.matched('final')[0])} pairs / {seen.nb:g}")
+    if seen.case.total:
+        pairs = len(seen.matched("final")[0])
+        yield from value(seen, "giou", "final", f"Σ (1 − GIoU) of {pairs} pairs / {seen.nb:g}")
 
 
 @fault(loss_bbox_is_the_sum_of_l1_over_nb, seen_in="facebookresearch/detr #299", fix="reduction='none', sum, / nb")

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from detr_conformance.contract.classification import factors, targets_and_background
+from detr_conformance.contract.classification import factors, matched_only, targets_and_background
 from detr_conformance.contract.compare import agree, holds, unless_tied
 from detr_conformance.contract.keys import logged_quantities_have_no_weight_and_losses_are_unweighted
 from detr_conformance.contract.normalisation import added_up
@@ -69,6 +69,12 @@ def tokens_pooled_to_their_maximum(book: Textbook) -> Textbook:
         return total
 
     return replace(book, focal_image=focal_image)
+
+
+@fault(every_token_of_the_class_is_a_positive, seen_in="an early Grounding DINO trainer", fix="train all queries")
+def background_is_never_trained(book: Textbook) -> Textbook:
+    """The focal loss is taken on matched pairs only: unmatched queries are no negatives."""
+    return replace(book, **matched_only(book))
 
 
 TOKEN_2 = clause(

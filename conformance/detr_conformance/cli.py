@@ -1,0 +1,103 @@
+"""The console command ``detr-conformance``."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=True,
+    help="Tells whether a DETR-style training criterion is right. To judge one: pytest --candidate=mypkg.criterion",
+)
+
+
+@app.callback()
+def main() -> None:
+    """One command a word; each has --help."""
+
+
+@app.command()
+def explain(
+    clause: Annotated[str, typer.Argument(help="a clause, as BOX-2")],
+    profile: Annotated[str, typer.Option(help="the profile of the worked number")] = "",
+) -> None:
+    """Print a clause with its sources, checks, known faults, and a worked number: detr-conformance explain BOX-2"""
+    from rich.console import Console
+
+    from detr_conformance import registry
+
+    try:
+        own = registry.checks(only=[clause])
+        if not any(c.clause.id.lower() == clause.lower() for c in own):
+            raise ValueError(f"{clause!r} is not one clause; try {own[0].clause.id}")
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    found = own[0].clause
+    if profile and profile not in found.profiles:
+        raise typer.BadParameter(f"{found.id} binds {', '.join(sorted(found.profiles))}", param_hint="--profile")
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(f"[bold]{found.id}[/]  {found.sentence}", markup=True)
+    console.print(f"{found.level} · {', '.join(sorted(found.profiles))}")
+    for source in found.sources:
+        console.print(f"source    {source}", markup=False)
+    for check in own:
+        console.print(f"check     {check.name.replace('_', ' ')} (on {check.on.title})", markup=False)
+        for fault in registry.faults():
+            if fault.check is check:
+                console.print(f"  fault   {fault.id}: {fault.sentence} Seen in: {fault.seen_in}.", markup=False)
+                if fault.fix:
+                    console.print(f"          usual fix: {fault.fix}", markup=False)
+    worked = _worked_number(own[0], profile or sorted(own[0].profiles)[0])
+    if worked:
+        console.print(worked, markup=False)
+
+
+def _worked_number(check, profile: str) -> str:  # type: ignore[no-untyped-def]
+    """What the first known fault of a check gets on the smallest input, beside what is right."""
+    from detr_conformance import registry
+    from detr_conformance.adapters.textbook import candidate_of
+    from detr_conformance.runner import Judge, Settings
+    from detr_reference.textbook import textbook
+
+    fault = next((f for f in registry.faults(profile) if f.check is check), None)
+    if fault is None:
+        return ""
+    judge = Judge(candidate_of(fault.apply(textbook), profile, fault.id), Settings(effort="quick", level="should"))
+    finding = judge.finding(check.name)
+    if finding.evidence is None:
+        return ""
+    e = finding.evidence
+    lines = [f"example   {line}" if i == 0 else f"          {line}" for i, line in enumerate(e.inputs.splitlines())]
+    lines += [f"          {e.what}", f"right     {e.want}   {e.how}".rstrip(), f"wrong     {e.got}, with {fault.id}"]
+    return "\n".join(lines)
+
+
+@app.command()
+def spec(
+    check: Annotated[
+        bool, typer.Option("--check", help="only compare; exit status 1 where the page is not up to date")
+    ] = False,
+    path: Annotated[Path, typer.Option(help="the page")] = Path("docs/SPEC.md"),
+) -> None:
+    """Write the specification page from the clauses: detr-conformance spec [--check]"""
+    from detr_conformance import spec as specification
+
+    page = specification.page()
+    if not check:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(page, "utf-8")
+        typer.echo(f"wrote {path}")
+        return
+    there = path.read_text("utf-8") if path.is_file() else ""
+    if there != page:
+        for line in list(
+            difflib.unified_diff(there.splitlines(), page.splitlines(), str(path), "as it should be", n=1)
+        )[:40]:
+            typer.echo(line)
+        typer.echo(f"{path} is not up to date: run detr-conformance spec")
+        raise typer.Exit(1)
+    typer.echo(f"{path} is up to date")

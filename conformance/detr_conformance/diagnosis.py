@@ -1,0 +1,136 @@
+"""Which known fault a wrong criterion looks like, computed from its own numbers.
+
+A fault is a textbook with one formula replaced, so it can be called like any candidate. Where it differs from the
+right textbook is its footprint: some losses, gradients or weights. It fits when the candidate's numbers equal the
+fault's everywhere in that footprint, on every input tried, and at least SEPARATE inputs tell the fault from the right
+textbook. So a criterion with two mistakes in different terms gets both named, and one that no fault explains, none.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from detr_conformance.adapters.textbook import candidate_of
+from detr_conformance.candidate import Bound, bind
+from detr_conformance.cases import Case
+from detr_conformance.findings import Diagnosis
+from detr_conformance.observation import Observation, observe
+from detr_conformance.registry import Check, Fault, faults
+from detr_conformance.seen import Seen
+from detr_conformance.tolerance import EPS
+from detr_reference.textbook import TERMS, textbook
+
+SEPARATE: Final = 3
+SECONDS: Final = 1.0
+CLOSE: Final = 256 * EPS  # relative: two right float32 criterions, sums of some dozens of terms
+
+MATCHING: Final = frozenset({"matching", "matching costs"})
+
+Atoms = Mapping[tuple[str, ...], Any]
+
+
+def diagnose(bound: Bound, check: Check, cases: Sequence[Case]) -> Diagnosis | None:
+    """The faults that fit what the candidate returns for ``cases``, on all of which ``check`` fails; None where none
+    does, where more than two do, or where too few cases tell."""
+    if len(cases) < SEPARATE:
+        return None
+    end = time.monotonic() + SECONDS
+    terms = _terms(bound, check, cases)
+    seen = [_atoms(observe(bound, case), terms) for case in cases]
+    right = _right(bound, cases, terms)
+    fitting = []
+    for fault in _related(check, bound.profile):
+        if time.monotonic() > end:
+            return None  # not all were tried, so none can be told apart
+        if _fits(fault, bound, cases, terms, seen, right) and _breaks(fault, check, bound, cases[0]):
+            fitting.append(fault)
+    if not 1 <= len(fitting) <= 2:
+        return None
+    seen_in, fix = fitting[0].seen_in, fitting[0].fix
+    advice = " · ".join([f"seen in {seen_in}"] * (seen_in != "plausible") + [f"usual fix: {fix}"])
+    return Diagnosis(tuple((f.id, f.sentence) for f in fitting), len(cases), len(cases), advice)
+
+
+def _terms(bound: Bound, check: Check, cases: Sequence[Case]) -> frozenset[str]:
+    """The terms whose numbers count. For the matching, those that are right at the candidate's own matching: a term
+    that is wrong itself would hide which matching it was."""
+    if check.component not in MATCHING:
+        return frozenset(TERMS)
+    wrong = {t for case in cases for t in TERMS if not Seen(bound, case, observe(bound, case)).agrees(t, "final")}
+    return frozenset(TERMS) - wrong or frozenset(TERMS)
+
+
+def _right(bound: Bound, cases: Sequence[Case], terms: frozenset[str]) -> list[Atoms]:
+    book = bind(candidate_of(textbook, bound.profile))
+    return [_atoms(observe(book, case), terms) for case in cases]
+
+
+def _fits(
+    fault: Fault, bound: Bound, cases: Sequence[Case], terms: frozenset[str], seen: list[Atoms], right: list[Atoms]
+) -> bool:
+    """True where the candidate equals the fault in all of its footprint, and enough cases show a footprint."""
+    book = bind(candidate_of(fault.apply(textbook), bound.profile))
+    wrong: list[Atoms] = []
+    footprint: set[tuple[str, ...]] = set()
+    separate = 0
+    for case, theirs, ours in zip(cases, seen, right, strict=True):
+        wrong.append(_atoms(observe(book, case), terms))
+        own = {a for a in {*wrong[-1], *ours} if not _equal(wrong[-1].get(a), ours.get(a))}
+        if not all(_equal(theirs.get(a), wrong[-1].get(a)) for a in own):
+            return False
+        footprint |= own
+        separate += bool(own)
+    everywhere = all(_equal(s.get(a), w.get(a)) for s, w in zip(seen, wrong, strict=True) for a in footprint)
+    return separate >= SEPARATE and everywhere
+
+
+def _breaks(fault: Fault, check: Check, bound: Bound, case: Case) -> bool:
+    """True where the fault fails the check on a case that the candidate fails it on."""
+    book = bind(candidate_of(fault.apply(textbook), bound.profile))
+    return any(not comparison.ok for comparison in check.judge(check.on.observe(book, case)))
+
+
+def _related(check: Check, profile: str) -> list[Fault]:
+    """The faults of the profile that could show in this check, those of its own clause first."""
+    chapter = check.clause.id.split("-")[0]
+    own = [
+        f
+        for f in faults(profile)
+        if f.check.component == check.component
+        or f.check.clause.id.split("-")[0] == chapter
+        or {f.check.component, check.component} <= MATCHING
+    ]
+    return sorted(own, key=lambda f: (f.check is not check, f.check.clause is not check.clause))
+
+
+def _atoms(observation: Observation, terms: frozenset[str]) -> Atoms:
+    """Every number of an observation by its name: losses, gradients, weights."""
+    found: dict[tuple[str, ...], Any] = {
+        ("loss", k): v for k, v in observation.losses.items() if not k.startswith("loss") or k.split("_")[1] in terms
+    }
+    for (term, layer), grads in observation.grads.items():
+        if term in terms:
+            found |= {("grad", term, layer, name): g for name, g in zip(("logits", "boxes"), grads, strict=True)}
+    weights = observation.weights or {}
+    return found | {("weight", k): v for k, v in weights.items() if k in observation.losses}
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if one is None or other is None:
+        return one is None and other is None
+    if isinstance(one, Tensor):
+        if one.shape != other.shape:
+            return False
+        one, other = one.nan_to_num(nan=-7.0), other.nan_to_num(nan=-7.0)
+        scale = float(torch.maximum(one.abs().max(), other.abs().max())) if one.numel() else 0.0
+        return bool(((one - other).abs() <= 64 * CLOSE * scale + 1e-12).all())
+    one, other = float(one), float(other)
+    if math.isnan(one) or math.isnan(other):
+        return math.isnan(one) and math.isnan(other)
+    return abs(one - other) <= CLOSE * max(abs(one), abs(other)) + 1e-9
