@@ -130,7 +130,7 @@ def _equal(one: Any, other: Any) -> bool:
         one, other = one.nan_to_num(nan=-7.0), other.nan_to_num(nan=-7.0)
         scale = float(torch.maximum(one.abs().max(), other.abs().max())) if one.numel() else 0.0
         return bool(((one - other).abs() <= 64 * CLOSE * scale + 1e-12).all())
-    one, other = float(one), float(other)
-    if math.isnan(one) or math.isnan(other):
-        return math.isnan(one) and math.isnan(other)
-    return abs(one - other) <= CLOSE * max(abs(one), abs(other)) + 1e-9
+    a, b = float(one), float(other)
+    if math.isnan(a) or math.isnan(b):
+        return math.isnan(a) and math.isnan(b)
+    return abs(a - b) <= CLOSE * max(abs(a), abs(b)) + 1e-9

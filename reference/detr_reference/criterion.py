@@ -1,4 +1,4 @@
-"""The set criterion: every supervised layer is matched, then class and box losses are summed over the batch."""
+"""The set criterion: every supervised layer is matched, then class, box and mask losses are summed over the batch."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from .boxes import corners, giou
 from .classification import cardinality_error, class_error, cross_entropy, focal_loss_sum, widened
+from .denoising import read_denoising
+from .masks import mask_loss_sums, read_masks
 from .matching import HungarianMatcher, Ints, Layer, Pairs, Targets, eager, read_layer, read_targets
 from .options import Options, options_of
 from .weights import loss_weights
@@ -31,10 +33,14 @@ class SetCriterion(nn.Module):
         super().__init__()
         self.options = options or Options()
         for loss in self.options.losses:
-            if loss not in ("labels", "boxes", "cardinality"):
-                raise ValueError(f"losses={self.options.losses!r}: there are 'labels', 'boxes' and 'cardinality'")
+            if loss not in ("labels", "boxes", "masks", "cardinality"):
+                raise ValueError(
+                    f"losses={self.options.losses!r}: there are 'labels', 'boxes', 'masks' and 'cardinality'"
+                )
         if (self.options.class_divisor == "weights") != (self.options.class_loss == "softmax"):
             raise ValueError("class_divisor='weights' belongs to class_loss='softmax', and to no other")
+        if self.options.denoising and self.options.class_loss == "softmax":
+            raise ValueError("denoising=True needs a class_loss with negatives, 'focal' or 'token', not 'softmax'")
         self.matcher = HungarianMatcher(self.options)
         self.weight_dict = loss_weights(self.options)
 
@@ -43,22 +49,31 @@ class SetCriterion(nn.Module):
         """The losses of all layers: 0-d tensors on the outputs' device. Neither argument is changed.
 
         ``outputs``: pred_logits [B, Q, C] and pred_boxes [B, Q, 4] (cx, cy, w, h in units of the image); where they
-        exist, aux_outputs (a list of the same), the encoder's (enc_outputs or interm_outputs), and text_mask [B, C],
-        True on the tokens of the prompt. ``targets``: for each image labels [n], boxes [n, 4] and, for a token loss,
-        token_labels [n, C], 1 on the tokens of the target's class.
+        exist, aux_outputs (a list of the same), the encoder's (enc_outputs or interm_outputs), text_mask [B, C],
+        True on the tokens of the prompt, pred_masks [B, Q, h, w] where losses has "masks", and dn_meta (see
+        ``denoising``). ``targets``: for each image labels [n], boxes [n, 4] and, for a token loss, token_labels
+        [n, C], 1 on the tokens of the target's class; masks [n, H, W] (bool, or numbers in 0..1), of a size of the
+        image's own, where losses has "masks".
         Raises ValueError that names the argument where something is missing or does not fit.
         """
         layers = self._layers(outputs)
-        text_mask = _text_mask(outputs, layers) if self.options.class_loss == "token" else None
         wanted = read_targets(targets, layers[0], self.options)
+        denoising = read_denoising(outputs, wanted, self.options)
+        known = denoising.layers if denoising else []
+        text_mask = _text_mask(outputs, [*layers, *known]) if self.options.class_loss == "token" else None
+        with_masks = "masks" in self.options.losses
+        masks = read_masks(outputs, targets, layers[0]) if with_masks else None
         found = self.matcher.match(layers, wanted)
         matches = [_Match.of(images, layer, wanted) for images, layer in zip(found, layers, strict=True)]
         num_boxes = _num_boxes(sum(wanted.sizes), layers[0].boxes.device)
-        losses: dict[str, Tensor] = {}
-        if "labels" in self.options.losses:
-            losses |= self.loss_labels(layers, wanted, matches, num_boxes, text_mask)
-        if "boxes" in self.options.losses:
-            losses |= self.loss_boxes(layers, wanted, matches, num_boxes)
+        losses = self._class_and_box_losses(layers, wanted, matches, num_boxes, text_mask)
+        if denoising:
+            positives = [_Match.of(denoising.positives, layer, wanted) for layer in known]
+            losses |= self._class_and_box_losses(known, wanted, positives, num_boxes * denoising.groups, text_mask)
+        if masks:
+            losses |= self.loss_masks(*masks, found[0], num_boxes)
+        if "labels" in self.options.losses and self.options.class_loss != "token":
+            losses["class_error"] = self.class_error(layers[0], wanted, matches[0])
         if "cardinality" in self.options.losses:
             losses |= self.loss_cardinality(layers, wanted)
         if self.options.weighted:
@@ -73,8 +88,7 @@ class SetCriterion(nn.Module):
         num_boxes: float,
         text_mask: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """loss_ce over all queries of each layer, those without a match being no object, or negatives throughout;
-        and class_error of the final layer."""
+        """loss_ce over all queries of each layer, those without a match being no object, or negatives throughout."""
         options = self.options
         softmax = options.class_loss == "softmax"
         device = layers[0].logits.device
@@ -92,9 +106,6 @@ class SetCriterion(nn.Module):
                 loss = focal_loss_sum(layer.scores, index, options.focal_alpha, options.focal_gamma, text_mask)
                 loss = loss / (num_boxes if options.class_divisor == "boxes" else max(len(match.rows), 1))
             losses[f"loss_ce{layer.suffix}"] = loss
-        if options.class_loss != "token":
-            rows, labels = _on(device, [matches[0].rows, targets.channel[matches[0].targets]])
-            losses["class_error"] = class_error(layers[0].logits.detach().flatten(0, 1)[rows], labels)
         return losses
 
     def loss_boxes(
@@ -121,6 +132,18 @@ class SetCriterion(nn.Module):
             losses[f"loss_giou{layer.suffix}"] = of_giou.sum() / num_boxes
         return losses
 
+    def loss_masks(
+        self, predicted: Tensor, masks: Sequence[Tensor], matches: Sequence[Pairs], num_boxes: float
+    ) -> dict[str, Tensor]:
+        """loss_mask = Σ of the pairs' mean focal loss / nb and loss_dice = Σ of their dice losses / nb, final layer."""
+        focal, dice = mask_loss_sums(predicted, masks, matches)
+        return {"loss_mask": focal / num_boxes, "loss_dice": dice / num_boxes}
+
+    def class_error(self, layer: Layer, targets: Targets, match: _Match) -> Tensor:
+        """class_error of the final layer, for the log."""
+        rows, labels = _on(layer.logits.device, [match.rows, targets.channel[match.targets]])
+        return class_error(layer.logits.detach().flatten(0, 1)[rows], labels)
+
     def loss_cardinality(self, layers: Sequence[Layer], targets: Targets) -> dict[str, Tensor]:
         """cardinality_error of each layer, for the log."""
         sizes = torch.tensor(targets.sizes, device=layers[0].logits.device)
@@ -129,6 +152,22 @@ class SetCriterion(nn.Module):
             f"cardinality_error{layer.suffix}": cardinality_error(layer.logits.detach(), sizes, softmax)
             for layer in layers
         }
+
+    def _class_and_box_losses(
+        self,
+        layers: Sequence[Layer],
+        targets: Targets,
+        matches: Sequence[_Match],
+        num_boxes: float,
+        text_mask: Tensor | None,
+    ) -> dict[str, Tensor]:
+        """Those of "labels" and "boxes" that the options select, for layers with one divisor."""
+        losses: dict[str, Tensor] = {}
+        if "labels" in self.options.losses:
+            losses |= self.loss_labels(layers, targets, matches, num_boxes, text_mask)
+        if "boxes" in self.options.losses:
+            losses |= self.loss_boxes(layers, targets, matches, num_boxes)
+        return losses
 
     def _layers(self, outputs: Mapping[str, Any]) -> list[Layer]:
         """The supervised layers: the final one first, then the auxiliary ones, then the encoder."""
@@ -148,7 +187,10 @@ class SetCriterion(nn.Module):
 
 @dataclass(frozen=True)
 class _Match:
-    """The M matched pairs of one layer: their rows among its B·Q queries, and their numbers among the N targets."""
+    """The M matched pairs of one layer: their rows among its B·Q queries, and their numbers among the N targets.
+
+    Of denoising queries, which are not matched, these are the positives: every target once a group.
+    """
 
     rows: Ints
     targets: Ints
@@ -174,10 +216,11 @@ class _Match:
         channels = layer.scores.shape[-1] if text_mask is None else text_mask.shape[-1]
         if layer.class_zero:
             targets = targets.as_class_zero()
-        row_of = np.full(len(targets.boxes), -1)
-        row_of[self.targets] = self.rows
-        row = row_of[targets.owner]
-        return (row * channels + targets.channel)[row >= 0]
+        first, last = np.searchsorted(targets.owner, np.stack([self.targets, self.targets + 1]))
+        counts = last - first  # of channels that each pair's target wants
+        nth = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+        channel: Ints = targets.channel[np.repeat(first, counts) + nth]
+        return np.repeat(self.rows, counts) * channels + channel
 
 
 def _on(device: torch.device, arrays: Sequence[Ints]) -> Sequence[Tensor]:
@@ -246,6 +289,7 @@ def build_criterion(
     aux_suffix: str | None = None,
     weighted: bool | None = None,
     two_stage: bool | None = None,
+    denoising: bool | None = None,
     losses: Sequence[str] | None = None,
     **unknown: object,
 ) -> SetCriterion:

@@ -22,6 +22,12 @@ class Options:
         target's own (``real``) or class 0 (``class-zero``, Deformable-DETR). ``encoder_key=""``: there are none.
     ``focal_alpha_matcher``, ``focal_gamma_matcher``
         α and γ of the matching cost where they do not follow the loss (None: they follow).
+    ``denoising``
+        ``outputs["dn_meta"]`` holds denoising queries in DINO's form (see ``denoising``): they get losses and weights
+        of their own, ``_dn`` and ``_dn_{i}``. Without this option ``dn_meta`` is not read.
+    ``losses``
+        what is computed: ``labels`` · ``boxes`` · ``masks`` (loss_mask and loss_dice of the final layer, see
+        ``masks``) · ``cardinality`` (for the log).
     """
 
     num_classes: int = 91
@@ -48,6 +54,7 @@ class Options:
     aux_suffix: str = "_"
     weighted: bool = False
     two_stage: bool = True
+    denoising: bool = False
     losses: tuple[str, ...] = ("labels", "boxes")
 
     @property

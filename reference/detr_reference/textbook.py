@@ -5,7 +5,7 @@ formula changed, and everything that uses the formula follows. Each function tak
 ``book.giou(a, b)``, and the options of the criterion from ``book.o``. Nothing here is meant to be fast.
 
 Symbols: Q queries, K classes, T text tokens, n targets of one image, N of all, M matched pairs, nb the divisor,
-x logits, p = σ(x), y the class target.
+x logits, p = σ(x), y the class target, m a target mask, G denoising groups.
 """
 
 from __future__ import annotations
@@ -42,13 +42,16 @@ class Pairs:
 class Layer:
     """One supervised layer: its name (``final``, ``aux0``, …, ``enc``), loss suffix, and predictions.
 
-    logits [B,Q,C], boxes [B,Q,4] cxcywh in units of the image.
+    logits [B,Q,C], boxes [B,Q,4] cxcywh in units of the image, masks [B,Q,h,w] logits where masks are trained.
+    Of denoising queries (``dn``, ``dn_aux0``, …) there are ``groups``, each of Q / groups slots.
     """
 
     name: str
     suffix: str
     logits: Tensor
     boxes: Tensor
+    masks: Tensor | None = None
+    groups: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -308,7 +311,146 @@ def layer_losses(
         f"loss_ce{layer.suffix}": book.loss_ce(layer, targets, matches, nb, mask),
         f"loss_bbox{layer.suffix}": book.loss_bbox(pred, wanted, nb),
         f"loss_giou{layer.suffix}": book.loss_giou(pred, wanted, nb),
+        **book.mask_losses(layer, targets, matches, nb),
     }
+
+
+# --- masks (MASK) ---------------------------------------------------------------------------------------------------
+
+
+def layer_masks(book: Textbook, name: str, predictions: Mapping[str, Any]) -> Tensor | None:
+    """LAYER-5. The mask logits [B,Q,h,w] that a layer is trained with: the final layer's, where "masks" is in losses."""
+    wanted = name == "final" and "masks" in book.o.losses
+    return predictions["pred_masks"].double() if wanted else None
+
+
+def mask_size(book: Textbook, targets: Targets) -> tuple[int, int]:
+    """MASK-1. The largest height and the largest width of the batch's masks, in pixels."""
+    sizes = [t["masks"].shape[1:] for t in targets if t["masks"].ndim == 3]
+    return max((h for h, _ in sizes), default=1), max((w for _, w in sizes), default=1)
+
+
+def padded(book: Textbook, masks: Tensor, size: tuple[int, int]) -> Tensor:
+    """MASK-1. Masks [n,H_b,W_b] to [n,H,W]: background below and to the right."""
+    whole = torch.zeros(len(masks), *size, dtype=torch.float64)
+    whole[:, : masks.shape[1], : masks.shape[2]] = masks
+    return whole
+
+
+def interpolation(book: Textbook, wanted: int, given: int) -> Tensor:
+    """MASK-1. [wanted,given]: how much of each given pixel is in each wanted one, along one side of a mask.
+
+    Linear between the two pixel centres that (i + ½)·given/wanted − ½, the wanted one's centre, lies between
+    (align_corners False); beyond the outermost centres it is the outermost pixel's.
+    """
+    at = ((torch.arange(wanted, dtype=torch.float64) + 0.5) * given / wanted - 0.5).clamp(0, given - 1)
+    return (1 - (at[:, None] - torch.arange(given)).abs()).clamp(min=0)
+
+
+def resized(book: Textbook, masks: Tensor, size: tuple[int, int]) -> Tensor:
+    """MASK-1. Mask logits [M,h,w] to [M,H,W], bilinearly."""
+    rows, columns = (book.interpolation(new, old) for new, old in zip(size, masks.shape[1:], strict=True))
+    return rows @ masks @ columns.T
+
+
+def matched_masks(book: Textbook, layer: Layer, targets: Targets, matches: Sequence[Pairs]) -> tuple[Tensor, Tensor]:
+    """MASK-1. The matched mask logits and their targets, both [M,H,W]. facebookresearch/detr models/detr.py:164-191."""
+    assert layer.masks is not None
+    size = book.mask_size(targets)
+    pred = torch.cat([x[m.query] for x, m in zip(layer.masks, matches, strict=True)])
+    images = [(t["masks"], m) for t, m in zip(targets, matches, strict=True) if len(m)]
+    wanted = [book.padded(own[m.target], size) for own, m in images]
+    return book.resized(pred, size), torch.cat([torch.zeros(0, *size, dtype=torch.float64), *wanted])
+
+
+def mask_focal_term(book: Textbook, x: Tensor, m: Tensor) -> Tensor:
+    """MASK-1. α_t(1−p_t)²(−log p_t) of every pixel, α = .25 whatever the class loss has; m in 0..1.
+
+    facebookresearch/detr models/segmentation.py, sigmoid_focal_loss.
+    """
+    other = m * (-x).sigmoid() + (1 - m) * x.sigmoid()  # 1 − p_t
+    nll = m * minus_log_sigmoid(x) + (1 - m) * minus_log_sigmoid(-x)
+    return (0.25 * m + 0.75 * (1 - m)) * other**2 * nll
+
+
+def dice(book: Textbook, x: Tensor, m: Tensor) -> Tensor:
+    """MASK-1. 1 − (2Σpm + 1)/(Σp + Σm + 1) over the pixels of each pair: [M,H,W] to [M]. Milletari 2016, smoothed as in
+    facebookresearch/detr models/segmentation.py, dice_loss."""
+    p, m = x.sigmoid().flatten(1), m.flatten(1)
+    return 1 - (2 * (p * m).sum(1) + 1) / (p.sum(1) + m.sum(1) + 1)
+
+
+def loss_mask(book: Textbook, pred: Tensor, wanted: Tensor, nb: Tensor) -> Tensor:
+    """MASK-1, 2. Σ_pairs of the mean over pixels / nb, from [M,H,W] each."""
+    return book.mask_focal_term(pred, wanted).flatten(1).mean(1).sum() / nb
+
+
+def loss_dice(book: Textbook, pred: Tensor, wanted: Tensor, nb: Tensor) -> Tensor:
+    """MASK-1, 2. Σ_pairs of the dice loss / nb, from [M,H,W] each."""
+    return book.dice(pred, wanted).sum() / nb
+
+
+def mask_losses(
+    book: Textbook, layer: Layer, targets: Targets, matches: Sequence[Pairs], nb: Tensor
+) -> dict[str, Tensor]:
+    """MASK-1. The mask losses of one layer under their keys; none of a layer without masks."""
+    if layer.masks is None:
+        return {}
+    pred, wanted = book.matched_masks(layer, targets, matches)
+    return {
+        f"loss_mask{layer.suffix}": book.loss_mask(pred, wanted, nb),
+        f"loss_dice{layer.suffix}": book.loss_dice(pred, wanted, nb),
+    }
+
+
+# --- contrastive denoising (DN) -------------------------------------------------------------------------------------
+
+
+def denoising_layers(book: Textbook, outputs: Mapping[str, Any]) -> list[Layer]:
+    """DN-1. The layers of denoising queries in ``outputs["dn_meta"]``: dn, dn_aux0, dn_aux1, …; none without them."""
+    meta = outputs.get("dn_meta") or {}
+    if not book.o.denoising or meta.get("output_known_lbs_bboxes") is None:
+        return []
+    last = meta["output_known_lbs_bboxes"]
+    named = [("dn", "_dn", last)] + [(f"dn_aux{i}", f"_dn_{i}", x) for i, x in enumerate(last.get("aux_outputs", ()))]
+    groups = int(meta["num_dn_group"])
+    return [
+        Layer(name, suffix, x["pred_logits"].double(), x["pred_boxes"].double(), groups=groups)
+        for name, suffix, x in named
+    ]
+
+
+def group_slots(book: Textbook, layer: Layer) -> int:
+    """DN-1. Slots of a group; its first half are positives, its second half negatives."""
+    return layer.boxes.shape[1] // layer.groups
+
+
+def positive_slots(book: Textbook, layer: Layer, n: int) -> Tensor:
+    """DN-1. [G,n]: the query that reconstructs each of an image's n targets in each group: the group's first n slots.
+
+    IDEA-Research/DINO models/dino/dino.py:502-541.
+    """
+    return torch.arange(layer.groups)[:, None] * book.group_slots(layer) + torch.arange(n)
+
+
+def denoising_pairs(book: Textbook, layer: Layer, targets: Targets) -> list[Pairs]:
+    """DN-1, 2. The positives of each image and their targets, known without a matching."""
+    slots = [book.positive_slots(layer, len(t["boxes"])) for t in targets]
+    return [Pairs(s.flatten(), torch.arange(len(t["boxes"])).repeat(len(s))) for s, t in zip(slots, targets, strict=True)]
+
+
+def denoising_divisor(book: Textbook, layer: Layer, nb: Tensor) -> Tensor:
+    """DN-1. nb · G: every target is reconstructed once a group."""
+    return nb * layer.groups
+
+
+def denoising_losses(book: Textbook, outputs: Mapping[str, Any], targets: Targets, nb: Tensor) -> dict[str, Tensor]:
+    """DN-1. Class and box losses of the denoising queries; negatives and padding are queries without a target."""
+    found: dict[str, Tensor] = {}
+    for layer in book.denoising_layers(outputs):
+        pairs, divisor = book.denoising_pairs(layer, targets), book.denoising_divisor(layer, nb)
+        found |= book.layer_losses(layer, targets, pairs, divisor, book.layer_mask(layer, outputs))
+    return found
 
 
 # --- layers, weights, the whole (LAYER, KEY) ------------------------------------------------------------------------
@@ -317,7 +459,8 @@ def layer_losses(
 def layers(book: Textbook, outputs: Mapping[str, Any]) -> list[Layer]:
     """LAYER-1, 4. Every supervised layer of ``outputs``: final, aux0, aux1, …, enc."""
     o = book.o
-    found = [Layer("final", "", outputs["pred_logits"], outputs["pred_boxes"])]
+    masks = book.layer_masks("final", outputs)
+    found = [Layer("final", "", outputs["pred_logits"], outputs["pred_boxes"], masks)]
     for i, aux in enumerate(outputs.get("aux_outputs", ())):
         found.append(Layer(f"aux{i}", f"{o.aux_suffix}{i}", aux["pred_logits"], aux["pred_boxes"]))
     if o.has_encoder and o.encoder_key in outputs:
@@ -376,6 +519,7 @@ def losses(
         matches[layer.name] = pairs
         divisor = book.layer_num_boxes(layer, nb, pairs)
         found |= book.layer_losses(layer, own, pairs, divisor, book.layer_mask(layer, outputs))
+    found |= book.denoising_losses(outputs, targets, nb)
     return Result(found | book.logged(every, targets), matches)
 
 
@@ -386,7 +530,10 @@ def weights(book: Textbook) -> dict[str, float]:
     suffixes = ["", *(f"{o.aux_suffix}{i}" for i in range(o.num_decoder_layers - 1))]
     if o.has_encoder:
         suffixes.append(o.encoder_suffix)
-    return {key + suffix: weight for suffix in suffixes for key, weight in base.items()}
+    if o.denoising:
+        suffixes += ["_dn", *(f"_dn_{i}" for i in range(o.num_decoder_layers - 1))]
+    masks = {"loss_mask": o.mask_loss_coef, "loss_dice": o.dice_loss_coef} if "masks" in o.losses else {}
+    return {key + suffix: weight for suffix in suffixes for key, weight in base.items()} | masks
 
 
 @dataclass(frozen=True, eq=False)
@@ -428,6 +575,23 @@ class Textbook:
     loss_bbox: Formula = loss_bbox
     loss_giou: Formula = loss_giou
     layer_losses: Callable[..., dict[str, Tensor]] = layer_losses
+    layer_masks: Callable[..., Tensor | None] = layer_masks
+    mask_size: Callable[..., tuple[int, int]] = mask_size
+    padded: Formula = padded
+    interpolation: Formula = interpolation
+    resized: Formula = resized
+    matched_masks: Callable[..., tuple[Tensor, Tensor]] = matched_masks
+    mask_focal_term: Formula = mask_focal_term
+    dice: Formula = dice
+    loss_mask: Formula = loss_mask
+    loss_dice: Formula = loss_dice
+    mask_losses: Callable[..., dict[str, Tensor]] = mask_losses
+    denoising_layers: Callable[..., list[Layer]] = denoising_layers
+    group_slots: Callable[..., int] = group_slots
+    positive_slots: Formula = positive_slots
+    denoising_pairs: Callable[..., list[Pairs]] = denoising_pairs
+    denoising_divisor: Formula = denoising_divisor
+    denoising_losses: Callable[..., dict[str, Tensor]] = denoising_losses
     layers: Callable[..., list[Layer]] = layers
     encoder_targets: Callable[..., Targets] = encoder_targets
     layer_targets: Callable[..., Targets] = layer_targets

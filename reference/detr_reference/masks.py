@@ -1,0 +1,97 @@
+"""Mask losses of the final layer: a focal loss and a dice loss over the pixels of each matched pair."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from .classification import widened
+from .matching import Layer, Pairs
+
+_ALPHA: Final = 0.25
+"""α of the pixels' focal loss, whatever that of the classes is; γ is 2 (facebookresearch/detr segmentation.py)."""
+
+
+def read_masks(
+    outputs: Mapping[str, Any], targets: Sequence[Mapping[str, Tensor]], layer: Layer
+) -> tuple[Tensor, list[Tensor]]:
+    """pred_masks [B, Q, h, w], logits at a size of their own, and each image's target masks [n, H, W] in 0..1.
+
+    Raises ValueError that names what is missing or does not fit.
+    """
+    if "pred_masks" not in outputs:
+        raise ValueError("outputs['pred_masks'] is missing, and losses has 'masks'")
+    predicted: Tensor = outputs["pred_masks"]
+    if predicted.ndim != 4 or predicted.shape[:2] != layer.boxes.shape[:2]:
+        batch, queries = layer.boxes.shape[:2]
+        raise ValueError(
+            f"outputs['pred_masks'] has the shape {list(predicted.shape)}; it must be [{batch}, {queries}, h, w]"
+        )
+    return predicted, [_checked(f"targets[{b}]", target) for b, target in enumerate(targets)]
+
+
+def _checked(name: str, target: Mapping[str, Tensor]) -> Tensor:
+    """The masks of one image. Raises ValueError unless it has one a label, of values in 0..1."""
+    if "masks" not in target:
+        raise ValueError(f"{name}['masks'] is missing, and losses has 'masks'")
+    masks, n = target["masks"].detach(), len(target["labels"])
+    if n == 0 and masks.shape == (0,):  # torch.tensor([]) is no target, of any kind
+        return masks[:, None, None]
+    if masks.ndim != 3 or len(masks) != n or (n and not masks.numel()):
+        raise ValueError(f"{name}['masks'] has the shape {list(masks.shape)}; with {n} labels it must be [{n}, H, W]")
+    if n and masks.dtype != torch.bool:
+        low, high = masks.aminmax()
+        if not (low >= 0 and high <= 1):
+            raise ValueError(f"{name}['masks'] has values outside 0..1")
+    return masks
+
+
+def mask_loss_sums(predicted: Tensor, masks: Sequence[Tensor], matches: Sequence[Pairs]) -> tuple[Tensor, Tensor]:
+    """Σ over the matched pairs of each image of the focal loss, averaged over pixels, and Σ of the dice loss.
+
+    ``predicted`` [B, Q, h, w] are resized to the largest height and width of all masks, to which masks are padded with
+    zeros: that padding is background (facebookresearch/detr detr.py:164-191). Without pairs both are 0, in the graph.
+    """
+    queries = predicted.shape[1]
+    rows = np.concatenate([b * queries + query for b, (query, _) in enumerate(matches)])
+    matched = predicted.flatten(0, 1).index_select(0, torch.from_numpy(rows).to(predicted.device))
+    size = [max(mask.shape[side] for mask in masks) for side in (1, 2)]
+    sums = [widened(matched[:0]).sum().expand(2)]
+    for x, mask, (_, target) in zip(
+        torch.split(matched, [len(query) for query, _ in matches]), masks, matches, strict=True
+    ):
+        if len(target):
+            own = mask[torch.from_numpy(target).to(mask.device)]
+            # Pixels are many, and autograd would keep a dozen numbers of each: they are computed again instead.
+            sums.append(checkpoint(_image_sums, x, own, size, use_reentrant=False, preserve_rng_state=False))
+    focal, dice = torch.stack(sums).sum(0)
+    return focal, dice
+
+
+def _image_sums(x: Tensor, mask: Tensor, size: Sequence[int]) -> Tensor:
+    """Both sums [2] over one image's pairs: logits [M, h, w] and masks [M, H_b, W_b], of any device and dtype."""
+    x = F.interpolate(widened(x)[:, None], size=tuple(size), mode="bilinear", align_corners=False).flatten(1)
+    height, width = (most - own for most, own in zip(size, mask.shape[1:], strict=True))
+    m = F.pad(mask.to(x), (0, width, 0, height)).flatten(1)
+    return torch.stack([_focal(x, m).mean(1).sum(), _dice(x, m).sum()])
+
+
+def _focal(x: Tensor, m: Tensor) -> Tensor:
+    """α_t(1−p_t)²(−log p_t) of each pixel; between 0 and 1 a mask weighs positive and negative
+    (facebookresearch/detr segmentation.py, sigmoid_focal_loss)."""
+    p = x.sigmoid()
+    not_p_t = p + m - 2 * p * m
+    alpha_t = (1 - _ALPHA) + (2 * _ALPHA - 1) * m
+    return alpha_t * not_p_t.square() * F.binary_cross_entropy_with_logits(x, m, reduction="none")
+
+
+def _dice(x: Tensor, m: Tensor) -> Tensor:
+    """1 − (2Σpm + 1)/(Σp + Σm + 1) of each pair (facebookresearch/detr segmentation.py, dice_loss)."""
+    p = x.sigmoid()
+    return 1 - (2 * (p * m).sum(1) + 1) / (p.sum(1) + m.sum(1) + 1)
