@@ -14,7 +14,12 @@ def named(id: str) -> dict[str, set[str]]:
     """The faults named, by clause, for a criterion written without a look at the textbook."""
     wrong = BY_ID[id]
     report = judge(wrong.factory, profile=wrong.profile, effort="quick")
-    return {f.clause: {i for i, _ in f.diagnosis.faults} if f.diagnosis else set() for f in report.failed}
+    found: dict[str, set[str]] = {}
+    for finding in report.failed:
+        found.setdefault(finding.clause, set()).update(
+            i for i, _ in (finding.diagnosis.faults if finding.diagnosis else ())
+        )
+    return found
 
 
 @pytest.mark.parametrize(

@@ -15,46 +15,32 @@ from detr_reference.options import options_of
 from detr_reference.textbook import textbook
 
 torch.set_num_threads(1)
-WEIGHT = {"ce": 2.0, "bbox": 5.0, "giou": 2.0}  # of the recorded gradients
 
 
 def graded(vector):
-    """The vector's outputs with gradient, and every leaf by its layer and key."""
-    leaves = {}
-    outputs = dict(vector.outputs)
-    for layer in vector.matches:
-        source = vector.layer(layer)
-        leaves |= {f"{layer}.{k}": source[k].clone().requires_grad_() for k in ("pred_logits", "pred_boxes")}
-        fresh = {k: leaves[f"{layer}.{k}"] for k in ("pred_logits", "pred_boxes")}
-        if layer == "final":
-            outputs |= fresh
-        elif layer == "enc":
-            outputs[vector.options.encoder_key] = fresh
-        else:
-            outputs["aux_outputs"] = [*outputs["aux_outputs"]]
-            outputs["aux_outputs"][int(layer[3:])] = fresh
-    return outputs, leaves
+    """Every prediction of the vector's outputs, by its layer and key, as a leaf that gets a gradient."""
+    return {key: vector.layer(key.split(".")[0])[key.split(".")[1]].requires_grad_() for key in vector.grads}
 
 
 @pytest.mark.parametrize("name", vectors.names())
 def test_published_losses_gradients_and_matching_costs(name):
     vector = vectors.load(name)
     book = textbook.under(vector.options)
-    outputs, leaves = graded(vector)
-    result = book(outputs, vector.targets)
+    leaves = graded(vector)
+    result = book(vector.outputs, vector.targets)
 
-    trained = {k: v for k, v in vector.losses.items() if k.split("_")[1] in WEIGHT}
+    trained = {k: v for k, v in vector.losses.items() if k.split("_")[1] in vector.weights}
     assert set(result.losses) == set(trained)
     # transformers of float32 targets aside, only rounding separates the two
     for key, value in trained.items():
         assert result.losses[key].item() == pytest.approx(value, rel=1e-7, abs=1e-9), key
 
-    sum(WEIGHT[k.split("_")[1]] * v for k, v in result.losses.items()).backward()
+    sum(vector.weights[k.split("_")[1]] * v for k, v in result.losses.items()).backward()
     for key, expected in vector.grads.items():
         scale = expected.abs().max().item()
         torch.testing.assert_close(leaves[key].grad, expected, rtol=1e-7, atol=1e-7 * scale + 1e-12, msg=key)
 
-    for layer in book.layers(vector.outputs):
+    for layer in book.layers(vector.outputs) if vector.matches else ():
         for b, target in enumerate(book.layer_targets(layer, vector.targets)):
             if len(target["boxes"]):
                 cost = book.cost(layer.logits[b], layer.boxes[b], target)

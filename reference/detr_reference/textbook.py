@@ -459,14 +459,14 @@ def denoising_losses(book: Textbook, outputs: Mapping[str, Any], targets: Target
 def layers(book: Textbook, outputs: Mapping[str, Any]) -> list[Layer]:
     """LAYER-1, 4. Every supervised layer of ``outputs``: final, aux0, aux1, …, enc."""
     o = book.o
-    masks = book.layer_masks("final", outputs)
-    found = [Layer("final", "", outputs["pred_logits"], outputs["pred_boxes"], masks)]
-    for i, aux in enumerate(outputs.get("aux_outputs", ())):
-        found.append(Layer(f"aux{i}", f"{o.aux_suffix}{i}", aux["pred_logits"], aux["pred_boxes"]))
+    named = [("final", "", outputs)]
+    named += [(f"aux{i}", f"{o.aux_suffix}{i}", x) for i, x in enumerate(outputs.get("aux_outputs", ()))]
     if o.has_encoder and o.encoder_key in outputs:
-        enc = outputs[o.encoder_key]
-        found.append(Layer("enc", o.encoder_suffix, enc["pred_logits"], enc["pred_boxes"]))
-    return [replace(layer, logits=layer.logits.double(), boxes=layer.boxes.double()) for layer in found]
+        named.append(("enc", o.encoder_suffix, outputs[o.encoder_key]))
+    return [
+        Layer(name, suffix, x["pred_logits"].double(), x["pred_boxes"].double(), book.layer_masks(name, x))
+        for name, suffix, x in named
+    ]
 
 
 def encoder_targets(book: Textbook, targets: Targets) -> Targets:
