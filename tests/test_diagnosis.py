@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from zoo import WRONG
 
 from detr_conformance import judge
+from zoo import WRONG
 
 BY_ID = {w.id: w for w in WRONG}
 

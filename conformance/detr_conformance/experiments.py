@@ -34,7 +34,8 @@ class Experiment:
     """How cases are drawn and what is observed of each.
 
     ``fixed``: the cases of every effort · ``drawn``: the strategy of the searched cases · ``share``: which
-    part of the effort's searched cases this experiment takes · ``observe``: the calls.
+    part of the effort's searched cases this experiment takes · ``observe``: the calls · ``weight``: roughly how long it
+    takes, in seconds at effort standard, to share experiments out.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Experiment:
     drawn: Drawn | None
     observe: Callable[[Bound, Case], Seen]
     share: float = 1.0
+    weight: float = 0.5
 
 
 def _call(bound: Bound, case: Case, criterion: Any = None) -> Seen:
@@ -117,6 +119,7 @@ BATCH = Experiment(
     ),
     _recipes("ordinary"),
     _call,
+    weight=2.0,
 )
 
 EDGES = Experiment(
@@ -257,7 +260,7 @@ def _moved(bound: Bound, case: Case) -> Seen:
     return replace(_call(bound, case), twins=twins)
 
 
-PAIRS = Experiment("pairs", "one pair of boxes", _pair_cases, _seeds(_drawn_pair), _moved, share=0.15)
+PAIRS = Experiment("pairs", "one pair of boxes", _pair_cases, _seeds(_drawn_pair), _moved, share=0.15, weight=0.7)
 
 
 # --- duels ---
@@ -302,7 +305,9 @@ def _certain(bound: Bound) -> Iterator[Case]:
 CERTAIN = Experiment("certain", "assignments that every cost agrees on", _certain, None, _call)
 
 
-DUELS = Experiment("duels", "two queries that cost nearly the same", _duels, _seeds(_drawn_duel), _duel, share=0.25)
+DUELS = Experiment(
+    "duels", "two queries that cost nearly the same", _duels, _seeds(_drawn_duel), _duel, share=0.25, weight=0.9
+)
 
 
 # --- the same thing twice, in other ways ---

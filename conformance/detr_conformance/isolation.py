@@ -1,7 +1,7 @@
-"""The candidate in a process of its own: it may hang, crash or end the process, and that is a finding.
+"""The candidate in processes of its own: it may hang, crash or end the process, and that is a finding.
 
-The process is forked where the platform can, so that a live object needs no pickling and the caller's own process
-never imports torch; elsewhere it is spawned, which a string can bear.
+A process is forked where the platform can, so that a live object needs no pickling and torch is imported once;
+elsewhere it is spawned, which a string can bear.
 """
 
 from __future__ import annotations
@@ -13,9 +13,11 @@ import sys
 import tempfile
 import time
 import warnings
+from collections import deque
+from collections.abc import Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from detr_conformance.errors import ConformanceError
 from detr_conformance.findings import Finding
@@ -25,21 +27,31 @@ if TYPE_CHECKING:
     from detr_conformance.runner import Identity, Settings
 
 RESTARTS: Final = 2
-START: Final = 120.0  # seconds for importing torch and the candidate
+TEN_MINUTES: Final = 600.0
 _LABEL: Final = 200
 
 
+class Ended(NamedTuple):
+    """A process that is no more: how it ended, and doing what."""
+
+    how: str
+    doing: str
+
+
 class Worker:
-    """Asks a ``Judge`` in another process. ``identity`` and ``finding`` always answer."""
+    """Asks a ``Judge`` in another process, or two side by side. ``identity`` and ``finding`` always answer."""
 
     def __init__(self, spec: Any, settings: Settings, limit: float = 20.0) -> None:
         if not limit > 0:
             raise ConformanceError(f"limit={limit!r}; it must be a positive number of seconds")
         self._spec, self._settings, self._limit = spec, settings, limit
-        self._ended: dict[str, tuple[str, str]] = {}  # by experiment: how the process ended, doing what
+        self._found: dict[str, Finding] = {}
+        self._ended: dict[str, Ended] = {}  # by experiment
+        self._owner: dict[str, int] = {}  # by experiment, which process runs it
         self._left = RESTARTS
-        self._process: Any = None
-        self.identity = self._first()
+        self._processes: list[_Process | None] = [_Process(spec, settings, limit)]
+        self._asked: list[deque[Check]] = [deque()]
+        self.identity = self._identity()
 
     def __enter__(self) -> Worker:
         return self
@@ -48,8 +60,27 @@ class Worker:
         self.close()
 
     def close(self) -> None:
-        """End the other process."""
-        self._stop()
+        """End the other processes."""
+        for process in self._processes:
+            if process is not None:
+                process.stop()
+        self._processes = [None for _ in self._processes]
+
+    def ask_ahead(self, checks: Sequence[Check]) -> None:
+        """Say which findings will be wanted, in their order: they are worked out side by side where there are two
+        processors."""
+        if self.identity.smoke.verdict != "pass":
+            return
+        experiments = {c.on.name: c.on.weight for c in checks}
+        if len(experiments) > 1 and (os.cpu_count() or 1) > 1:
+            self._processes.append(_Process(self._spec, self._settings, self._limit))
+            self._asked.append(deque())
+        load = [0.0 for _ in self._processes]
+        for name in sorted(experiments, key=lambda n: -experiments[n]):
+            self._owner[name] = load.index(min(load))
+            load[self._owner[name]] += experiments[name]
+        for check in checks:
+            self._ask(check)
 
     def finding(self, check: Check) -> Finding:
         """The finding of one check."""
@@ -57,92 +88,126 @@ class Worker:
 
         if self.identity.smoke.verdict != "pass":
             return runner.blocked(check, "blocked by smoke: the wiring is not right yet")
-        if check.on.name not in self._ended:
-            if self._process is None and not self._restart():
+        owner = self._owner.get(check.on.name, 0)
+        while check.name not in self._found and check.on.name not in self._ended:
+            if check not in self._asked[owner] and not self._ask(check):
                 return runner.blocked(check, "the candidate ended its process too often to go on")
-            answer = self._ask("finding", check.name)
-            if isinstance(answer, Finding):
-                return answer
-            if isinstance(answer, BaseException):
-                return runner.broken_suite(check, answer)
-            self._ended[check.on.name] = answer
+            self._receive(owner)
+        if check.name in self._found:
+            return self._found[check.name]
         how, doing = self._ended[check.on.name]
         if check.takes_raising:
             return runner.ended(check, self.identity.name, how, doing)
         return runner.blocked(check, f"the candidate {how}, in {doing}")
 
-    # --- the process ---
+    def _ask(self, check: Check) -> bool:
+        """Send the question; False where the candidate has ended its process too often."""
+        owner = self._owner.get(check.on.name, 0)
+        process = self._processes[owner]
+        if process is None:
+            if not self._left:
+                return False
+            self._left -= 1
+            process = self._processes[owner] = _Process(self._spec, self._settings, self._limit)
+        self._asked[owner].append(check)
+        process.send("finding", check.name)
+        return True
 
-    def _first(self) -> Identity:
+    def _receive(self, owner: int) -> None:
+        """Take the next answer of a process; where it has ended, ask a new one what was still open."""
+        from detr_conformance import runner
+
+        process = self._processes[owner]
+        assert process is not None
+        check = self._asked[owner].popleft()
+        answer = process.receive()
+        if isinstance(answer, Finding):
+            self._found[check.name] = answer
+        elif isinstance(answer, BaseException):
+            self._found[check.name] = runner.broken_suite(check, answer)
+        else:
+            self._ended[check.on.name] = answer
+            self._processes[owner] = None
+            rest = [c for c in self._asked[owner] if c.on.name not in self._ended]
+            self._asked[owner].clear()
+            for other in rest:
+                self._ask(other)
+
+    def _identity(self) -> Identity:
         from detr_conformance.runner import SMOKE, Identity
 
-        self._start()
-        answer = self._ask("identity")
+        process = self._processes[0]
+        assert process is not None
+        process.send("identity")
+        answer = process.receive()
         if isinstance(answer, Identity):
             return answer
         if isinstance(answer, BaseException):
-            self._stop()
+            self.close()
             raise answer
-        how, doing = answer
-        message = f"smoke  the candidate {how}, nothing was judged\n      in {doing}"
+        self._processes[0] = None
+        spec, profile = self._spec, self._settings.profile
+        message = f"smoke  the candidate {answer.how}, nothing was judged\n      in {answer.doing}"
         return Identity(
-            self._spec if isinstance(self._spec, str) else getattr(self._spec, "__name__", type(self._spec).__name__),
-            self._settings.profile or "detr",
-            "given" if self._settings.profile else "unknown, since the candidate never answered",
-            {},
-            (),
-            Finding(SMOKE, "The candidate can be called and returns losses.", SMOKE, "must", "weights and keys",
-                    "fail", message),
+            name=spec if isinstance(spec, str) else getattr(spec, "__name__", type(spec).__name__),
+            profile=profile or "detr",
+            profile_from="given" if profile else "unknown, since the candidate never answered",
+            options={},
+            notes=(),
+            smoke=Finding(
+                SMOKE, "The candidate can be called and returns losses.", SMOKE, "must", "weights and keys", "fail",
+                message,
+            ),
         )  # fmt: skip
 
-    def _start(self) -> None:
+
+class _Process:
+    """One other process with a ``Judge`` in it, which answers in the order of the questions."""
+
+    def __init__(self, spec: Any, settings: Settings, limit: float) -> None:
         methods = multiprocessing.get_all_start_methods()
         context: Any = multiprocessing.get_context("fork" if "fork" in methods else "spawn")
+        self._limit = limit
         self._connection, theirs = context.Pipe()
-        self._since = context.Value("d", 0.0)
+        self._since = context.Value("d", 0.0)  # when the call began that is still going on
         self._doing = context.Array("c", _LABEL)
         self._errors = tempfile.NamedTemporaryFile(prefix="detr-conformance-", delete=False)  # noqa: SIM115
-        arguments = (theirs, self._spec, self._settings, self._since, self._doing, self._errors.name, list(sys.path))
+        arguments = (theirs, spec, settings, self._since, self._doing, self._errors.name, list(sys.path))
         self._process = context.Process(target=_serve, args=arguments, daemon=True)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # forking beside the test runner's own threads
             self._process.start()
         theirs.close()
 
-    def _restart(self) -> bool:
-        if not self._left:
-            return False
-        self._left -= 1
-        self._start()
-        return True
+    def send(self, method: str, *args: Any) -> None:
+        """Ask; the answer comes with ``receive``."""
+        with suppress(OSError):  # it has ended: receive will say so
+            self._connection.send((method, *args))
 
-    def _stop(self) -> None:
-        if self._process is None:
-            return
+    def receive(self) -> Any:
+        """The next answer; an exception of ours; or Ended, after which the process is gone."""
+        started = time.monotonic()
+        try:
+            while not self._connection.poll(0.02):
+                since = float(self._since.value)
+                if since and time.time() - since > self._limit:
+                    return self._gone(f"did not return within {self._limit:g} s")
+                if not self._process.is_alive() and not self._connection.poll(0):
+                    return self._gone(self._how())
+                if time.monotonic() - started > TEN_MINUTES + self._limit:
+                    return self._gone("made the suite wait for over ten minutes")
+            return self._connection.recv()
+        except (EOFError, OSError, pickle.UnpicklingError):
+            return self._gone(self._how())
+
+    def stop(self) -> None:
+        """End the process."""
         self._process.kill()
         self._process.join()
         self._connection.close()
         self._errors.close()
         with suppress(OSError):
             os.unlink(self._errors.name)
-        self._process = None
-
-    def _ask(self, method: str, *args: Any) -> Any:
-        """The answer; an exception of ours; or (how the process ended, doing what)."""
-        started = time.monotonic()
-        try:
-            self._connection.send((method, *args))
-            while not self._connection.poll(0.02):
-                since = float(self._since.value)
-                if since and time.time() - since > self._limit:
-                    return self._dead(f"did not return within {self._limit:g} s")
-                if not self._process.is_alive() and not self._connection.poll(0):
-                    return self._dead(self._how())
-                if not since and time.monotonic() - started > START + 600:
-                    return self._dead("made the suite wait for over ten minutes")
-            return self._connection.recv()
-        except (EOFError, OSError, pickle.UnpicklingError):
-            return self._dead(self._how())
 
     def _how(self) -> str:
         self._process.join(1)
@@ -161,10 +226,10 @@ class Worker:
             return ""
         return f" ({lines[-1][:200]})" if lines else ""
 
-    def _dead(self, how: str) -> tuple[str, str]:
+    def _gone(self, how: str) -> Ended:
         doing = self._doing.value.decode("utf-8", "replace") or "the import of the candidate"
-        self._stop()
-        return how, doing
+        self.stop()
+        return Ended(how, doing)
 
 
 def _serve(

@@ -227,6 +227,8 @@ class CandidateNode(pytest.Collector):
         self.run, self.worker, self.checks = run, worker, checks
 
     def collect(self) -> Iterator[pytest.Item]:
+        if not self.run.is_worker and not self.run.config.option.collectonly:
+            self.worker.ask_ahead(self.checks)
         yield FindingItem.from_parent(self, name="smoke", check=None)
         for check in self.checks:
             yield FindingItem.from_parent(self, name=f"{check.clause.id}-{check.name}", check=check)

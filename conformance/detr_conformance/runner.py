@@ -282,7 +282,9 @@ def judge(
     start = time.monotonic()
     with Worker(candidate, settings, limit) as worker:
         identity = worker.identity
-        found = [worker.finding(c) for c in checks(identity.profile, level, selected)]
+        wanted = checks(identity.profile, level, selected)
+        worker.ask_ahead(wanted)
+        found = [worker.finding(c) for c in wanted]
     return report(identity, settings, found, time.monotonic() - start)
 
 
