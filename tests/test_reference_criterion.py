@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pycocotools import mask as coco_mask
 from torch import Tensor
 
 from detr_fixtures import vectors
@@ -19,6 +20,7 @@ from detr_reference import matching
 from detr_reference.boxes import corners, giou
 from detr_reference.criterion import HungarianMatcher, SetCriterion, build_criterion
 from detr_reference.options import PROFILES, Options
+from detr_reference.textbook import textbook
 
 torch.set_num_threads(1)
 
@@ -74,7 +76,10 @@ def tensors(outputs: dict[str, Any]) -> list[Tensor]:
     found = []
     for value in outputs.values():
         for part in value if isinstance(value, list) else [value]:
-            found += tensors(part) if isinstance(part, dict) else [part] if part.is_floating_point() else []
+            if isinstance(part, dict):
+                found += tensors(part)
+            elif isinstance(part, Tensor) and part.is_floating_point():
+                found.append(part)
     return found
 
 
@@ -269,6 +274,260 @@ def test_every_image_has_its_own_prompt() -> None:
         for b, target in enumerate(targets)
     ]
     torch.testing.assert_close(together["loss_ce"] * 6, torch.stack(one_by_one).sum())
+
+
+# --- masks ----------------------------------------------------------------------------------------------------------
+
+WITH_MASKS = ("labels", "boxes", "masks")
+SIZES = ((13, 17), (8, 20), (16, 9))  # H, W of the images
+
+
+def masks_call(profile: str = "detr", sizes: tuple[int, ...] = (2, 0, 3)) -> tuple[dict[str, Any], list[Any]]:
+    """call_of, with pred_masks of 6 by 24, fewer rows and more columns than any image has."""
+    outputs, targets = call_of(profile, sizes)
+    random = torch.Generator().manual_seed(8)
+    outputs["pred_masks"] = torch.randn(len(sizes), 6, 6, 24, generator=random)
+    for target, size in zip(targets, SIZES, strict=False):
+        target["masks"] = torch.rand(len(target["labels"]), *size, generator=random) > 0.5
+    return outputs, targets
+
+
+@pytest.mark.parametrize("profile", ["detr", "deformable-detr", "dino"])
+def test_mask_losses_are_the_textbooks(profile: str) -> None:
+    criterion = criterion_of(profile, losses=WITH_MASKS, focal_alpha=0.7, focal_gamma=0.0)
+    outputs, targets = masks_call(profile)
+    losses = criterion(outputs, targets)
+    want = textbook.under(criterion.options)(outputs, targets).losses
+    assert {key for key in losses if key.startswith("loss_")} == set(want) == set(criterion.weight_dict)
+    assert all(losses[key].item() == pytest.approx(want[key].item(), rel=1e-5) for key in want)
+
+
+def test_mask_losses_are_for_the_final_layer_only_and_have_weights_of_their_own() -> None:
+    criterion = criterion_of("detr", losses=WITH_MASKS, mask_loss_coef=3.0, dice_loss_coef=4.0)
+    outputs, targets = masks_call()
+    found = {key for key in criterion(outputs, targets) if "mask" in key or "dice" in key}
+    assert found == {"loss_mask", "loss_dice"}
+    assert (criterion.weight_dict["loss_mask"], criterion.weight_dict["loss_dice"]) == (3.0, 4.0)
+    assert set(criterion.weight_dict) == {*criterion_of("detr").weight_dict, *found}
+    assert not {"loss_mask", "loss_dice"} & set(criterion_of("detr")(outputs, targets))
+    assert set(criterion_of("detr", losses=("masks",))(outputs, targets)) == found
+
+
+def test_masks_may_be_bool_numbers_or_decoded_run_lengths() -> None:
+    criterion = criterion_of("detr", losses=WITH_MASKS)
+    outputs, targets = masks_call()
+    want = criterion(outputs, targets)
+
+    def decoded(masks: Tensor) -> Tensor:
+        runs = coco_mask.encode(np.asfortranarray(masks.permute(1, 2, 0).numpy().astype(np.uint8)))
+        return torch.from_numpy(coco_mask.decode(runs)).permute(2, 0, 1) if runs else masks
+
+    for cast in (decoded, Tensor.byte, Tensor.long, Tensor.half, Tensor.double):
+        others = [{**target, "masks": cast(target["masks"])} for target in targets]
+        assert same(criterion(outputs, others), want)
+
+
+def test_a_mask_between_0_and_1_weighs_both() -> None:
+    criterion = criterion_of("detr", losses=WITH_MASKS)
+    outputs, targets = masks_call()
+    soft = [{**target, "masks": target["masks"] * 0.6 + 0.1} for target in targets]
+    want = textbook.under(criterion.options)(outputs, soft).losses
+    losses = criterion(outputs, soft)
+    assert all(losses[key].item() == pytest.approx(want[key].item(), rel=1e-5) for key in ("loss_mask", "loss_dice"))
+
+
+def test_padding_is_background_even_that_of_an_image_without_targets() -> None:
+    criterion = criterion_of("detr", losses=WITH_MASKS)
+    outputs, targets = masks_call()
+    height, width = (max(side) for side in zip(*SIZES, strict=True))
+    padded = [
+        {**target, "masks": torch.nn.functional.pad(target["masks"], (0, width - w, 0, height - h))}
+        for target, (h, w) in zip(targets, SIZES, strict=True)
+    ]
+    assert same(criterion(outputs, padded), criterion(outputs, targets))
+    wider = [{**targets[0]}, {**targets[1], "masks": torch.zeros(0, 8, 40)}, {**targets[2]}]
+    assert criterion(outputs, wider)["loss_mask"] != criterion(outputs, targets)["loss_mask"]
+
+
+@pytest.mark.parametrize("empty", [torch.zeros(0, 7, 9), torch.zeros(0, 0, 0), torch.tensor([])])
+def test_without_targets_mask_losses_are_zero_and_in_the_graph(empty: Tensor) -> None:
+    criterion = criterion_of("detr", losses=WITH_MASKS)
+    outputs, targets = masks_call(sizes=(0, 0))
+    targets = [{**target, "masks": empty} for target in targets]
+    losses = criterion(outputs, targets)
+    assert losses["loss_mask"] == losses["loss_dice"] == 0
+    found = gradients(criterion, outputs, targets)
+    assert [gradient.shape for gradient in found] == [x.shape for x in tensors(outputs)]
+    outputs, targets = masks_call()
+    targets[1]["masks"] = empty
+    assert criterion(outputs, targets)["loss_mask"] > 0
+
+
+def test_mask_gradients_are_those_of_finite_differences_and_matched_queries_alone() -> None:
+    criterion = criterion_of("detr", losses=("masks",))
+    outputs, targets = masks_call(sizes=(1, 2))
+
+    def loss(masks: Tensor) -> Tensor:
+        return total(criterion({**outputs, "pred_masks": masks}, targets), criterion)
+
+    masks = outputs["pred_masks"].double().requires_grad_()
+    assert torch.autograd.gradcheck(loss, masks[..., :3, :2].detach().requires_grad_())
+    (gradient,) = torch.autograd.grad(loss(masks), masks)
+    matched = criterion.matcher(outputs, targets)
+    for b, (queries, _) in enumerate(matched):
+        assert gradient[b].flatten(1).any(1).nonzero()[:, 0].tolist() == sorted(queries.tolist())
+
+
+@pytest.mark.parametrize("size", [20.0, 110.0])
+def test_sure_masks_give_finite_losses_and_gradients(size: float) -> None:
+    criterion = criterion_of("detr", losses=WITH_MASKS)
+    outputs, targets = masks_call()
+    outputs["pred_masks"] = outputs["pred_masks"].sign() * size
+    assert all(loss.isfinite() for loss in criterion(outputs, targets).values())
+    assert all(gradient.isfinite().all() for gradient in gradients(criterion, outputs, targets))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_masks_are_computed_in_float32(dtype: torch.dtype) -> None:
+    criterion = criterion_of("detr", losses=WITH_MASKS)
+    outputs, targets = masks_call()
+    halved = {**outputs, "pred_masks": outputs["pred_masks"].to(dtype)}
+    widened = {**outputs, "pred_masks": halved["pred_masks"].float()}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert close(criterion(halved, targets), criterion(widened, targets), 1e-6)
+    assert gradients(criterion, halved, targets)[-1].dtype == dtype
+
+
+# --- denoising ------------------------------------------------------------------------------------------------------
+
+
+def denoising_call(
+    profile: str = "dino", sizes: tuple[int, ...] = (2, 0, 3), groups: int = 2, room: int = 4
+) -> tuple[dict[str, Any], list[Any]]:
+    """call_of, with denoising queries of three decoder layers and room for as many targets a group."""
+    outputs, targets = call_of(profile, sizes)
+    queries = groups * 2 * room
+    known: dict[str, Any] = layer(profile, 20, len(sizes), queries)
+    known["aux_outputs"] = [layer(profile, 21 + i, len(sizes), queries) for i in range(2)]
+    outputs["dn_meta"] = {"pad_size": queries, "num_dn_group": groups, "output_known_lbs_bboxes": known}
+    return outputs, targets
+
+
+def known_of(outputs: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = outputs["dn_meta"]["output_known_lbs_bboxes"]
+    return found
+
+
+SIGMOID = ("deformable-detr", "dino", "grounding-dino")
+
+
+@pytest.mark.parametrize("profile", SIGMOID)
+@pytest.mark.parametrize("sizes", [(2, 0, 3), (0, 0)])
+def test_denoising_losses_are_the_textbooks_and_have_their_bases_weights(profile: str, sizes: tuple[int, ...]) -> None:
+    criterion = criterion_of(profile, denoising=True)
+    outputs, targets = denoising_call(profile, sizes)
+    losses = criterion(outputs, targets)
+    want = textbook.under(criterion.options)(outputs, targets).losses
+    assert {key for key in losses if key.startswith("loss_")} == set(want) == set(criterion.weight_dict)
+    assert {key.removeprefix("loss_ce") for key in want if "ce_dn" in key} == {"_dn", "_dn_0", "_dn_1"}
+    assert all(losses[key].item() == pytest.approx(want[key].item(), rel=1e-5) for key in want)
+    for key, weight in criterion.weight_dict.items():
+        assert weight == criterion.weight_dict["_".join(key.split("_")[:2])]
+    found = gradients(criterion, outputs, targets)
+    assert [gradient.shape for gradient in found] == [x.shape for x in tensors(outputs)]
+    assert all(gradient.any() == (gradient.shape[-1] != 4 or any(sizes)) for gradient in found)
+
+
+def test_positives_reconstruct_their_targets_and_all_others_are_background() -> None:
+    criterion = criterion_of("dino", denoising=True)
+    outputs, targets = denoising_call()
+    known = known_of(outputs)
+    known["pred_logits"] = torch.full_like(known["pred_logits"], -30.0)
+    for b, target in enumerate(targets):
+        for first in (0, 8):  # two groups of 4 positives and 4 negatives
+            slots = torch.arange(first, first + len(target["labels"]))
+            known["pred_logits"][b, slots, target["labels"]] = 30.0
+            known["pred_boxes"][b, slots] = target["boxes"]
+    losses = criterion(outputs, targets)
+    assert losses["loss_ce_dn"] < 1e-9
+    assert losses["loss_bbox_dn"] == 0
+    for slot in (3, 4, 7):  # padding of positives, a negative, padding of negatives
+        wrong = changed(known, lambda x: x)
+        wrong["pred_logits"] = known["pred_logits"].clone()
+        wrong["pred_logits"][0, slot, 1] = 30.0
+        outputs["dn_meta"] = {**outputs["dn_meta"], "output_known_lbs_bboxes": wrong}
+        assert criterion(outputs, targets)["loss_ce_dn"].item() == pytest.approx(0.75 * 30 / (5 * 2), rel=1e-6)
+
+
+def test_denoising_queries_never_change_the_other_losses() -> None:
+    criterion = criterion_of("dino", denoising=True, losses=("labels", "boxes", "cardinality"))
+    outputs, targets = denoising_call()
+    plain = {key: value for key, value in outputs.items() if key != "dn_meta"}
+    want = criterion(plain, targets)
+    assert not any("_dn" in key for key in want)
+    together = criterion(outputs, targets)
+    assert same({key: loss for key, loss in together.items() if "_dn" not in key}, want)
+    assert {key.split("_dn")[0] for key in together if "_dn" in key} == {"loss_ce", "loss_bbox", "loss_giou"}
+    for absent in (None, {}, {"pad_size": 0, "num_dn_group": 1}):
+        assert same(criterion({**plain, "dn_meta": absent}, targets), want)
+    assert same(criterion_of("dino", losses=criterion.options.losses)(outputs, targets), want)
+
+
+def test_denoising_losses_are_divided_by_boxes_times_groups() -> None:
+    criterion = criterion_of("dino", denoising=True)
+    outputs, targets = denoising_call(groups=1)
+    once = criterion(outputs, targets)
+    known = known_of(outputs)
+    twice = changed(known, lambda x: torch.cat([x, x], 1))
+    outputs["dn_meta"] = {"pad_size": 16, "num_dn_group": 2, "output_known_lbs_bboxes": twice}
+    assert close(criterion(outputs, targets), once, 1e-6)
+
+
+def test_no_slots_at_all_give_zeros_in_the_graph() -> None:
+    criterion = criterion_of("dino", denoising=True)
+    outputs, targets = denoising_call(sizes=(0, 0), groups=1, room=0)
+    losses = criterion(outputs, targets)
+    assert losses["loss_ce_dn"] == losses["loss_giou_dn_1"] == 0
+    found = gradients(criterion, outputs, targets)
+    assert [gradient.shape for gradient in found] == [x.shape for x in tensors(outputs)]
+
+
+def test_a_criterion_with_masks_and_denoising_trains_both() -> None:
+    criterion = criterion_of("dino", denoising=True, losses=WITH_MASKS)
+    outputs, targets = masks_call("dino")
+    outputs["dn_meta"] = denoising_call()[0]["dn_meta"]
+    losses = criterion(outputs, targets)
+    assert {key for key in losses if key != "class_error"} == set(criterion.weight_dict)
+
+
+@pytest.mark.parametrize(
+    ("profile", "options", "call"),
+    [("detr", {"losses": WITH_MASKS}, masks_call), ("dino", {"denoising": True}, denoising_call)],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_masks_and_denoising_change_nothing_and_run_wherever_the_rest_does(
+    profile: str, options: dict[str, Any], call: Any
+) -> None:
+    criterion = criterion_of(profile, **options)
+    outputs, targets = call(profile)
+    before, state = copy.deepcopy((outputs, targets)), torch.get_rng_state()
+    want = criterion(outputs, targets)
+    with torch.inference_mode():
+        assert same(criterion(outputs, targets), want)
+    with torch.no_grad():
+        assert same(pickle.loads(pickle.dumps(criterion.eval()))(outputs, targets), want)
+    compiled = torch.compile(lambda: criterion(outputs, targets), backend="eager")
+    assert same(compiled(), want)
+    first, again = (gradients(criterion, outputs, targets) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    with ThreadPoolExecutor(4) as threads:
+        for found in threads.map(lambda _: gradients(criterion, outputs, targets), range(8)):
+            assert all(torch.equal(a, b) for a, b in zip(found, first, strict=True))
+    assert torch.equal(torch.get_rng_state(), state)
+    for a, b in zip(before, (outputs, targets), strict=True):
+        assert repr(changed(a, lambda x: getattr(x, "tolist", lambda x=x: x)())) == repr(
+            changed(b, lambda x: getattr(x, "tolist", lambda x=x: x)())
+        )
 
 
 # --- edges ----------------------------------------------------------------------------------------------------------
@@ -498,6 +757,7 @@ def test_three_zero_matching_weights_are_refused() -> None:
         ({"focal_alpah": 0.3}, "unknown option 'focal_alpah'"),
         ({"losses": ("labels", "mask")}, "losses"),
         ({"class_loss": "focal"}, "class_divisor"),
+        ({"denoising": True}, "denoising=True needs"),
     ],
 )
 def test_unknown_or_contradictory_options_are_refused(options: dict[str, Any], message: str) -> None:
@@ -512,8 +772,8 @@ def test_every_option_is_named_in_the_signature() -> None:
     assert {field.name for field in fields(Options)} < set(inspect.signature(build_criterion).parameters)
 
 
-def spoilt(profile: str, spoil: str) -> tuple[dict[str, Any], list[Any]]:
-    outputs, targets = call_of(profile)
+def spoilt(profile: str, spoil: str, call: Any = call_of) -> tuple[dict[str, Any], list[Any]]:
+    outputs, targets = call(profile)
     scope = {"outputs": outputs, "targets": targets, "torch": torch}
     exec(spoil, scope)
     return outputs, targets
@@ -577,6 +837,43 @@ def test_logits_of_another_number_of_classes_are_refused(profile: str) -> None:
 def test_token_inputs_that_do_not_fit_are_refused_by_their_name(spoil: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         criterion_of("grounding-dino")(*spoilt("grounding-dino", spoil))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        ("del outputs['pred_masks']", r"outputs\['pred_masks'\] is missing"),
+        ("outputs['pred_masks'] = outputs['pred_masks'][:, 1:]", r"outputs\['pred_masks'\] .*must be \[3, 6, h, w\]"),
+        ("del targets[1]['masks']", r"targets\[1\]\['masks'\] is missing"),
+        ("targets[2]['masks'] = targets[2]['masks'][1:]", r"targets\[2\]\['masks'\] .*\[2, 16, 9\]; with 3 labels"),
+        ("targets[2]['masks'] = targets[2]['masks'][..., :0]", r"targets\[2\]\['masks'\] has the shape \[3, 16, 0\]"),
+        ("targets[0]['masks'] = targets[0]['masks'] * 255", r"targets\[0\]\['masks'\] has values outside 0\.\.1"),
+        ("targets[0]['masks'] = targets[0]['masks'] / 0", r"targets\[0\]\['masks'\] has values outside 0\.\.1"),
+    ],
+)
+def test_masks_that_do_not_fit_are_refused_by_their_name(spoil: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        criterion_of("detr", losses=WITH_MASKS)(*spoilt("detr", spoil, masks_call))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        ("del meta['pad_size']", r"outputs\['dn_meta'\]\['pad_size'\] is missing"),
+        ("meta['num_dn_group'] = 0", r"\['num_dn_group'\] is 0"),
+        ("meta['num_dn_group'] = 3", r"\['pad_size'\] is 16; 3 groups .* multiple of 6 from 18 on"),
+        ("meta['num_dn_group'] = 4", r"\['pad_size'\] is 16; .* up to 3 targets an image"),
+        ("meta['pad_size'] = 12", r"\['output_known_lbs_bboxes'\]\['pred_boxes'\] .*pad_size=12"),
+        ("del known['pred_logits']", r"\['output_known_lbs_bboxes'\]\['pred_logits'\] is missing"),
+        ("del known['aux_outputs'][1]['pred_boxes']", r"\['aux_outputs'\]\[1\]\['pred_boxes'\] is missing"),
+        ("known['pred_logits'] = known['pred_logits'][..., 1:]", r"\['pred_logits'\] has 4 channels"),
+        ("known['aux_outputs'][0]['pred_boxes'][2, 15, 3] = -0.1", r"\[0\]\['pred_boxes'\] has a negative width"),
+    ],
+)
+def test_denoising_queries_that_do_not_fit_are_refused_by_their_name(spoil: str, message: str) -> None:
+    given = "meta = outputs['dn_meta']; known = meta['output_known_lbs_bboxes']; "
+    with pytest.raises(ValueError, match=message):
+        criterion_of("dino", denoising=True)(*spoilt("dino", given + spoil, denoising_call))
 
 
 # --- two processes --------------------------------------------------------------------------------------------------

@@ -43,7 +43,7 @@ def test_published_losses_gradients_and_matching_costs(name):
     for layer in book.layers(vector.outputs) if vector.matches else ():
         for b, target in enumerate(book.layer_targets(layer, vector.targets)):
             if len(target["boxes"]):
-                cost = book.cost(layer.logits[b], layer.boxes[b], target)
+                cost = book.cost(layer.logits[b], layer.boxes[b], target).detach()
                 theirs, ours = vector.matches[layer.name][b], result.matches[layer.name][b]
                 assert cost[ours.query, ours.target].sum() == pytest.approx(
                     cost[theirs[0], theirs[1]].sum().item(), rel=1e-6, abs=1e-6
@@ -124,6 +124,47 @@ def test_iou_is_that_of_pycocotools(seed):
     common = textbook.intersection(a[:, None], b[None])
     iou = common / textbook.union(a[:, None], b[None], common)
     np.testing.assert_allclose(iou.numpy(), coco, rtol=1e-12)
+
+
+# --- masks and denoising by hand ---
+
+
+@pytest.mark.parametrize(("given", "wanted"), [(1, 5), (4, 4), (5, 13), (24, 20), (13, 3)])
+def test_interpolation_is_that_of_torch_without_aligned_corners(given, wanted):
+    x = torch.randn(2, given, given + 2, dtype=torch.float64, generator=torch.Generator().manual_seed(given))
+    expected = torch.nn.functional.interpolate(x[:, None], (wanted, 7), mode="bilinear", align_corners=False)[:, 0]
+    torch.testing.assert_close(textbook.resized(x, (wanted, 7)), expected, rtol=1e-13, atol=1e-13)
+    rows = textbook.interpolation(wanted, given)
+    torch.testing.assert_close(rows.sum(1), torch.ones(wanted, dtype=torch.float64))
+
+
+def test_mask_losses_of_an_undecided_mask_are_plain_fractions():
+    options = options_of("detr").with_(num_classes=1, losses=("labels", "boxes", "masks"), num_decoder_layers=1)
+    outputs = {"pred_logits": torch.zeros(1, 1, 2), "pred_boxes": torch.full((1, 1, 4), 0.5)}
+    outputs["pred_masks"] = torch.zeros(1, 1, 2, 3)  # p = 1/2 everywhere
+    masks = torch.zeros(1, 3, 4, dtype=torch.bool)
+    masks[0, 0] = True  # 4 of 12 pixels
+    target = {"labels": torch.tensor([0]), "boxes": torch.full((1, 4), 0.5), "masks": masks}
+    losses = textbook.under(options)(outputs, [target]).losses
+    mean = (4 * 0.25 + 8 * 0.75) / 12 * 0.25 * np.log(2)
+    assert losses["loss_mask"].item() == pytest.approx(mean, rel=1e-14)
+    assert losses["loss_dice"].item() == pytest.approx(1 - (2 * 2 + 1) / (6 + 4 + 1), rel=1e-14)
+
+
+def test_a_groups_first_slots_are_its_positives():
+    options = options_of("dino").with_(num_classes=2, denoising=True, num_decoder_layers=1, two_stage=False)
+    known = {"pred_logits": torch.zeros(2, 12, 2), "pred_boxes": torch.full((2, 12, 4), 0.5)}
+    outputs = {"pred_logits": torch.zeros(2, 3, 2), "pred_boxes": torch.full((2, 3, 4), 0.5)}
+    outputs["dn_meta"] = {"pad_size": 12, "num_dn_group": 2, "output_known_lbs_bboxes": known}
+    targets = [{"labels": torch.zeros(n, dtype=torch.int64), "boxes": torch.full((n, 4), 0.25)} for n in (1, 3)]
+    book = textbook.under(options)
+    (layer,) = book.denoising_layers(outputs)
+    pairs = [(p.query.tolist(), p.target.tolist()) for p in book.denoising_pairs(layer, targets)]
+    assert pairs == [([0, 6], [0, 0]), ([0, 1, 2, 6, 7, 8], [0, 1, 2, 0, 1, 2])]
+    losses = book(outputs, targets).losses
+    assert losses["loss_bbox_dn"].item() == 1  # |Δ| of a pair; eight pairs over nb · groups = 4 · 2
+    positive, negative = (alpha * 0.25 * np.log(2) for alpha in (0.25, 0.75))
+    assert losses["loss_ce_dn"].item() == pytest.approx((8 * positive + 40 * negative) / 8, rel=1e-14)
 
 
 # --- the bundle ---

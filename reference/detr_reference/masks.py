@@ -79,19 +79,18 @@ def _image_sums(x: Tensor, mask: Tensor, size: Sequence[int]) -> Tensor:
     x = F.interpolate(widened(x)[:, None], size=tuple(size), mode="bilinear", align_corners=False).flatten(1)
     height, width = (most - own for most, own in zip(size, mask.shape[1:], strict=True))
     m = F.pad(mask.to(x), (0, width, 0, height)).flatten(1)
-    return torch.stack([_focal(x, m).mean(1).sum(), _dice(x, m).sum()])
-
-
-def _focal(x: Tensor, m: Tensor) -> Tensor:
-    """α_t(1−p_t)²(−log p_t) of each pixel; between 0 and 1 a mask weighs positive and negative
-    (facebookresearch/detr segmentation.py, sigmoid_focal_loss)."""
     p = x.sigmoid()
-    not_p_t = p + m - 2 * p * m
+    common = p * m
+    return torch.stack([_focal(x, m, p + m - 2 * common).mean(1).sum(), _dice(p, m, common).sum()])
+
+
+def _focal(x: Tensor, m: Tensor, missed: Tensor) -> Tensor:
+    """α_t(1−p_t)²(−log p_t) of each pixel, 1−p_t being what is ``missed``; between 0 and 1 a mask weighs positive and
+    negative (facebookresearch/detr segmentation.py, sigmoid_focal_loss)."""
     alpha_t = (1 - _ALPHA) + (2 * _ALPHA - 1) * m
-    return alpha_t * not_p_t.square() * F.binary_cross_entropy_with_logits(x, m, reduction="none")
+    return alpha_t * missed.square() * F.binary_cross_entropy_with_logits(x, m, reduction="none")
 
 
-def _dice(x: Tensor, m: Tensor) -> Tensor:
+def _dice(p: Tensor, m: Tensor, common: Tensor) -> Tensor:
     """1 − (2Σpm + 1)/(Σp + Σm + 1) of each pair (facebookresearch/detr segmentation.py, dice_loss)."""
-    p = x.sigmoid()
-    return 1 - (2 * (p * m).sum(1) + 1) / (p.sum(1) + m.sum(1) + 1)
+    return 1 - (2 * common.sum(1) + 1) / (p.sum(1) + m.sum(1) + 1)

@@ -183,7 +183,7 @@ def indices(book: Textbook, matches: Sequence[Pairs]) -> list[tuple[Tensor, Tens
 
 def class_weight(book: Textbook, y: Tensor) -> Tensor:
     """CLS-1. 1 for a class, eos_coef for class K (no object)."""
-    return torch.where(y == book.o.num_classes, book.o.eos_coef, 1.0).double()
+    return torch.where(y == book.o.num_classes, _float64(book.o.eos_coef), _float64(1.0))
 
 
 def softmax_class_target(book: Textbook, x: Tensor, target: Mapping[str, Tensor], pairs: Pairs) -> Tensor:
@@ -215,7 +215,7 @@ def focal_term(book: Textbook, x: Tensor, y: Tensor) -> Tensor:
 
 def alpha_weight(book: Textbook, y: Tensor) -> Tensor:
     """CLS-4. α for positives, 1 − α for negatives."""
-    return torch.where(y > 0, book.o.focal_alpha, 1 - book.o.focal_alpha).double()
+    return torch.where(y > 0, _float64(book.o.focal_alpha), _float64(1 - book.o.focal_alpha))
 
 
 def focusing(book: Textbook, z: Tensor) -> Tensor:
@@ -319,7 +319,7 @@ def layer_losses(
 
 
 def layer_masks(book: Textbook, name: str, predictions: Mapping[str, Any]) -> Tensor | None:
-    """LAYER-5. The mask logits [B,Q,h,w] that a layer is trained with: the final layer's, where "masks" is in losses."""
+    """LAYER-5. The mask logits [B,Q,h,w] that a layer is trained with, where "masks" is in losses: the final one's."""
     wanted = name == "final" and "masks" in book.o.losses
     return predictions["pred_masks"].double() if wanted else None
 
@@ -436,7 +436,7 @@ def positive_slots(book: Textbook, layer: Layer, n: int) -> Tensor:
 def denoising_pairs(book: Textbook, layer: Layer, targets: Targets) -> list[Pairs]:
     """DN-1, 2. The positives of each image and their targets, known without a matching."""
     slots = [book.positive_slots(layer, len(t["boxes"])) for t in targets]
-    return [Pairs(s.flatten(), torch.arange(len(t["boxes"])).repeat(len(s))) for s, t in zip(slots, targets, strict=True)]
+    return [Pairs(s.flatten(), torch.arange(s.shape[1]).repeat(len(s))) for s in slots]
 
 
 def denoising_divisor(book: Textbook, layer: Layer, nb: Tensor) -> Tensor:
@@ -623,6 +623,11 @@ class Textbook:
 
 def _in_float64(target: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {k: v.double() if v.is_floating_point() else v for k, v in target.items()}
+
+
+def _float64(value: float) -> Tensor:
+    """A number as it is: torch.where alone would round it to float32."""
+    return torch.tensor(value, dtype=torch.float64)
 
 
 def _none() -> Tensor:
