@@ -15,16 +15,14 @@ import torch
 from torch import Tensor
 
 from detr_conformance.candidate import Bound
-from detr_conformance.cases import Case, Recipe, build, contested_case, duel_case, pair_case
+from detr_conformance.cases import Case, Recipe, build
+from detr_conformance.designed import contested_case, duel_case, pair_case
 from detr_conformance.observation import gradients_by_layer, observe
 from detr_conformance.seen import Seen
 from detr_reference.options import Options
 
 if TYPE_CHECKING:
     from hypothesis.strategies import SearchStrategy
-
-# --- experiments ----------------------------------------------------------------------------------------------------
-
 
 Drawn = Callable[[Bound], "SearchStrategy[Case]"]
 

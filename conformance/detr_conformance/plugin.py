@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 OPTIONS: Final = {
     "profile": ("", "NAME", "detr, deformable-detr, dino or grounding-dino [the candidate's own, or a guess]"),
     "level": ("must", "LEVEL", "must or should"),
-    "effort": ("standard", "EFFORT", "quick, standard (100 searched cases an experiment) or deep"),
+    "effort": ("standard", "EFFORT", "quick, standard (up to 100 searched cases an experiment) or deep"),
     "device": ("cpu", "DEVICE", "where tensors live: cpu"),
     "seed": ("0", "N", "seed of the searched cases"),
     "limit": ("20", "SECONDS", "how long one call of the candidate may take"),
