@@ -201,14 +201,17 @@ class Run:
     # --- what was found ---
 
     def reports(self) -> Iterator[Report]:
-        """A report a candidate, of what its items said."""
+        """A report a candidate, of what its items said, in the contract's order whichever worker was first."""
         from detr_conformance.findings import Report, finding_from
+        from detr_conformance.registry import checks
 
+        order = {check.name: i for i, check in enumerate(checks())}
         for found in self.said.values():
             if found["about"]:
                 findings = [
                     finding_from(f) for f in found["findings"] if (f["check"], f["verdict"]) != ("smoke", "pass")
                 ]
+                findings.sort(key=lambda f: order.get(f.check, -1))
                 yield Report(**{**found["about"], "notes": tuple(found["about"]["notes"])}, findings=tuple(findings))
 
     def about(self, worker: Worker) -> dict[str, Any]:
