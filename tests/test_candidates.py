@@ -178,17 +178,17 @@ def test_a_candidate_that_cannot_be_called_gets_a_verdict(name, words):
 
 def test_a_hang_is_ended_and_named():
     start = time.monotonic()
-    report = quick(candidates.hangs, limit=1)
-    assert "did not return within 1 s" in report.findings[0].message
-    assert time.monotonic() - start < 30
+    report = quick(candidates.hangs, limit=3)
+    assert "did not return within 3 s" in report.findings[0].message
+    assert time.monotonic() - start < 60
 
 
 # --- verdicts about hostile candidates ---
 
 
 def test_a_hang_on_some_inputs_only_is_one_finding():
-    report = quick(candidates.hangs_without_targets, limit=1, clauses=["KEY", "MATCH-5", "MATCH-1"])
-    assert "did not return within 1 s" in report.finding("MATCH-5").message
+    report = quick(candidates.hangs_without_targets, limit=3, clauses=["KEY", "MATCH-5", "MATCH-1"])
+    assert "did not return within 3 s" in report.finding("MATCH-5").message
     assert report.finding("KEY-1").verdict == "pass"
     assert report.finding("MATCH-1").verdict == "blocked"
 
