@@ -9,7 +9,6 @@ textbook. So a criterion with two mistakes in different terms gets both named, a
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from detr_conformance.adapters.textbook import candidate_of
+from detr_conformance.budget import budget
 from detr_conformance.candidate import Bound, bind
 from detr_conformance.cases import Case
 from detr_conformance.findings import Diagnosis
@@ -40,13 +40,13 @@ def diagnose(bound: Bound, check: Check, cases: Sequence[Case]) -> Diagnosis | N
     does, where more than two do, or where too few cases tell."""
     if len(cases) < SEPARATE:
         return None
-    end = time.monotonic() + SECONDS
+    spent = budget(SECONDS)
     terms = _terms(bound, check, cases)
     seen = [_atoms(observe(bound, case), terms) for case in cases]
     right = _right(bound, cases, terms)
     fitting = []
     for fault in _related(check, bound.profile):
-        if time.monotonic() > end:
+        if spent():
             return None  # not all were tried, so none can be told apart
         if _fits(fault, bound, cases, terms, seen, right) and _breaks(fault, check, bound, cases[0]):
             fitting.append(fault)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from detr_conformance.budget import budget
 from detr_conformance.cases import ENC, FINAL, Case
 
 ATTEMPTS = 60
@@ -21,14 +21,14 @@ def smallest(case: Case, fails: Callable[[Case], bool], classes_vary: bool) -> C
     One kind of simplification after the other, the boldest first, each as often as it succeeds. Stops after ATTEMPTS
     calls, so that the result is the same on every machine; SECONDS bound a slow candidate.
     """
-    end, left = time.monotonic() + SECONDS, ATTEMPTS
+    spent, left = budget(SECONDS), ATTEMPTS
     progress = True
     while progress:
         progress = False
         for simpler in _fewer_layers, _fewer_images, _fewer_targets, _fewer_queries, _fewer_channels, _plainer_numbers:
             attempts = simpler(case, classes_vary)
             while (attempt := next(attempts, None)) is not None:
-                if not left or time.monotonic() > end:
+                if not left or spent():
                     return case
                 left -= 1
                 if fails(attempt):
