@@ -247,9 +247,10 @@ class FindingItem(pytest.Item):
     def __init__(self, *, parent: CandidateNode, check: Check | None, **kwargs: Any) -> None:
         super().__init__(parent=parent, **kwargs)
         self.node, self.check = parent, check
-        # the checks of an experiment share its calls, so they belong into one process
-        experiment = check.on.name if check else "smoke"
-        self.add_marker(pytest.mark.xdist_group(f"{parent.name}@{experiment}"))
+        if self.config.pluginmanager.hasplugin("xdist"):
+            # the checks of an experiment share its calls, so they belong into one process
+            experiment = check.on.name if check else "smoke"
+            self.add_marker(pytest.mark.xdist_group(f"{parent.name}@{experiment}"))
 
     def runtest(self) -> None:
         worker = self.node.worker
