@@ -59,7 +59,7 @@ def test_a_wrong_criterion_ends_with_1_and_the_clause(run):
     out = printed(result)
     assert "NOT CONFORMANT" in out
     assert "KEY-2  Every trained loss is a real scalar tensor" in out
-    assert "rerun     pytest --candidate=candidates:returns_vectors --clause=KEY-2" in out
+    assert "rerun       pytest --candidate=candidates:returns_vectors --clause=KEY-2" in out
 
 
 def test_a_miswired_criterion_ends_with_1_and_nothing_is_judged(run):
