@@ -33,7 +33,8 @@ class Experiment:
 
     ``fixed``: the cases of every effort · ``drawn``: the strategy of the searched cases · ``share``: which
     part of the effort's searched cases this experiment takes · ``observe``: the calls · ``weight``: roughly how long it
-    takes, in seconds at effort standard, to share experiments out.
+    takes, in seconds at effort standard, to share experiments out · ``since``: the least effort that it runs at ·
+    ``declined``: why it cannot be made with a candidate on this machine, or "".
     """
 
     name: str
@@ -43,6 +44,8 @@ class Experiment:
     observe: Callable[[Bound, Case], Seen]
     share: float = 1.0
     weight: float = 0.5
+    since: str = "quick"
+    declined: Callable[[Bound], str] = lambda bound: ""
 
 
 def _call(bound: Bound, case: Case, criterion: Any = None) -> Seen:

@@ -16,8 +16,15 @@ COMPONENTS: Final = (
     "auxiliary layers",
     "encoder",
     "weights and keys",
+    "masks",
+    "denoising",
     "gradients",
+    "precision",
     "side effects",
+    "refusals",
+    "devices",
+    "ranks",
+    "learning",
 )
 VERDICTS: Final = ("pass", "fail", "error", "blocked", "declined", "ambiguous", "deviation")
 
@@ -102,14 +109,15 @@ class Report:
 
     @property
     def conformant(self) -> bool:
-        """True where at least one clause was judged and none at the level was broken, left blocked or in error."""
-        verdicts = {f.verdict for f in self.findings}
+        """True where at least one clause was judged and none at the level was broken, left blocked or in error. What
+        is for information decides nothing."""
+        verdicts = {f.verdict for f in self.findings if f.level != "information"}
         return "pass" in verdicts and not verdicts & {"fail", "error", "blocked"}
 
     @property
     def failed(self) -> tuple[Finding, ...]:
-        """The findings that break a clause."""
-        return tuple(f for f in self.findings if f.verdict == "fail")
+        """The findings that break a clause of the level."""
+        return tuple(f for f in self.findings if f.verdict == "fail" and f.level != "information")
 
     def finding(self, clause_or_check: str) -> Finding:
         """The first finding of a clause or check, failing ones first. Raises KeyError where it was not judged."""

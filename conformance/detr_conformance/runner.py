@@ -24,12 +24,11 @@ from detr_conformance.errors import ConformanceError
 from detr_conformance.experiments import Experiment
 from detr_conformance.findings import Evidence, Finding, Report
 from detr_conformance.observation import observe
-from detr_conformance.registry import Check, Comparison, checks, near
+from detr_conformance.registry import LEVELS, Check, Comparison, checks, near
 from detr_conformance.seen import Seen
 from detr_reference.options import PROFILES
 
 EFFORTS: Final = {"quick": 0, "standard": 100, "deep": 3000}
-LEVELS: Final = ("must", "should")
 SMOKE: Final = "smoke"
 RAISES: Final = "the call"
 TELLING: Final = 6  # failing cases on which known faults are compared with the candidate
@@ -117,6 +116,9 @@ class Judge:
     def finding(self, name: str) -> Finding:
         """The finding of one check."""
         check = next(c for c in checks(self.bound.profile) if c.name == name)
+        reason = self._not_made(check.on)
+        if reason:
+            return _finding(check, "declined", reason)
         tally = self._tally(check)
         if tally.failing is None:
             verdict = "pass" if tally.decided else "declined"
@@ -170,6 +172,13 @@ class Judge:
         if check.clause.id == "MATCH-6":
             return "the criterion has no matcher that can be called as matcher(outputs, targets)"
         return "the candidate returns nothing, or lets no option vary, that would show it"
+
+    def _not_made(self, experiment: Experiment) -> str:
+        """Why an experiment is not made at all, or ""."""
+        order = list(EFFORTS)
+        if order.index(self.settings.effort) < order.index(experiment.since):
+            return f"judged at effort {' or '.join(order[order.index(experiment.since) :])} only"
+        return experiment.declined(self.bound)
 
     def _tally(self, check: Check) -> _Tally:
         if check.on.name not in self._tallies:

@@ -42,7 +42,7 @@ def conformance_tests(
             pytest.skip(f"{finding.clause} {finding.verdict}: {finding.message}")
         if finding.verdict == "blocked":
             pytest.fail(worker.identity.smoke.message, pytrace=False)
-        if finding.verdict != "pass":
+        if finding.verdict != "pass" and finding.level != "information":
             pytest.fail(finding.message, pytrace=False)
 
     return test_contract
