@@ -232,7 +232,7 @@ def test_endless_output_harms_nobody(capfd):
         ({"profile": "detrr"}, "unknown profile 'detrr'.*did you mean 'detr'"),
         ({"level": "shuld"}, "unknown level 'shuld'.*did you mean 'should'"),
         ({"effort": "fast"}, "unknown effort 'fast'; it must be one of quick, standard, deep"),
-        ({"device": "cuda"}, "unknown device 'cuda'"),
+        ({"device": "cudda"}, "unknown device 'cudda'; .* auto, cpu, cuda, mps, xpu; did you mean 'cuda'"),
         ({"clauses": ["BOX2"]}, "unknown clause 'BOX2'; did you mean 'BOX-2'"),
         ({"limit": 0}, "limit=0; it must be a positive number"),
     ],

@@ -13,7 +13,7 @@ import importlib.util
 import inspect
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Final
@@ -58,6 +58,9 @@ class Candidate:
         the candidate's names of losses to the contract's: ``{"loss_box": "loss_bbox"}``; suffixes stay.
     ``own_weights``
         False where ``weight_dict`` was not made by the candidate, so that its values are not judged.
+    ``positive_map``
+        what builds the class → token map [K, T] of a caption (grounding-dino), called by those names of arguments
+        that ``positive_maps`` lists: caption, names, tokenizer, …; in a module, ``create_positive_map``.
     """
 
     factory: Callable[..., Any]
@@ -66,13 +69,16 @@ class Candidate:
     rename: Mapping[str, str] = field(default_factory=dict)
     name: str = ""
     own_weights: bool = True
+    positive_map: Callable[..., Any] | None = None
 
 
 @dataclass(frozen=True)
 class Bound:
     """A candidate ready to be called.
 
-    ``varies``: the options that the factory names; all others stay at ``options``.
+    ``varies``: the options that the factory names; all others stay at ``options`` · ``spec``: the string that it
+    was found by, "" for a live object · ``device``: the one that it is compared on with the CPU, ``cpu`` where none
+    was asked for, ``none`` where there is none.
     """
 
     name: str
@@ -82,6 +88,8 @@ class Bound:
     options: Options
     varies: frozenset[str]
     passes: frozenset[str]
+    spec: str = ""
+    device: str = "cpu"
 
     def build(self, options: Options) -> Any:
         """The criterion under ``options``; those that its signature does not name are left out."""
@@ -125,7 +133,8 @@ def bind(spec: Any, profile: str | None = None) -> Bound:
     for name in names & {f for f in Options.__dataclass_fields__ if f not in FACTORY_OPTIONS}:
         passes.add(name)  # an option of ours that the factory knows by name: giou_eps, class_divisor, …
     varies = frozenset(passes) & frozenset(FACTORY_OPTIONS) - set(candidate.options)
-    return Bound(candidate.name, candidate, profile, source, options, varies, frozenset(passes))
+    found = spec if isinstance(spec, str) else ""
+    return Bound(candidate.name, candidate, profile, source, options, varies, frozenset(passes), found)
 
 
 def guess_profile(factory: Callable[..., Any]) -> tuple[str, str]:
@@ -224,9 +233,9 @@ def _from_object(found: Any, name: str) -> Candidate:
         return found if found.name else Candidate(**{**found.__dict__, "name": name})
     if isinstance(found, ModuleType):
         if hasattr(found, "build_criterion"):
-            return _from_object(found.build_criterion, name)
+            return _with_builder(_from_object(found.build_criterion, name), found)
         if hasattr(found, "SetCriterion") and hasattr(found, "HungarianMatcher"):
-            return _detr_shaped(found, name)
+            return _with_builder(_detr_shaped(found, name), found)
         public = [n for n in dir(found) if callable(getattr(found, n)) and not n.startswith("_")]
         raise CandidateError(
             f"candidate {name!r}: the module has neither build_criterion nor SetCriterion with HungarianMatcher"
@@ -237,6 +246,14 @@ def _from_object(found: Any, name: str) -> Candidate:
     if _is_criterion(found):
         return Candidate(_Built(found), name=name)
     return Candidate(found, name=name)
+
+
+def _with_builder(candidate: Candidate, module: ModuleType) -> Candidate:
+    """The candidate with the module's own builder of positive maps, where it declares none."""
+    builder = getattr(module, "create_positive_map", None)
+    if candidate.positive_map is not None or not callable(builder):
+        return candidate
+    return replace(candidate, positive_map=builder)
 
 
 @dataclass(frozen=True)
@@ -261,6 +278,8 @@ def _is_criterion(found: Any) -> bool:
 def _checked(candidate: Candidate) -> Candidate:
     if not callable(candidate.factory):
         raise CandidateError(f"Candidate(factory=…): a {type(candidate.factory).__name__} is not callable")
+    if candidate.positive_map is not None and not callable(candidate.positive_map):
+        raise CandidateError(f"Candidate(positive_map=…): a {type(candidate.positive_map).__name__} is not callable")
     if candidate.profile is not None and candidate.profile not in PROFILES:
         raise CandidateError(
             f"Candidate(profile={candidate.profile!r}): it must be one of {', '.join(PROFILES)}"
@@ -316,7 +335,8 @@ def _detr_shaped(module: ModuleType, name: str) -> Candidate:
             **{a: options[o] for a, o in _MATCHER_ARGUMENTS.items() if a in matcher_takes and o in options}
         )
         weights = _weights(options)
-        ours = {"matcher": matcher, "weight_dict": weights, "losses": ["labels", "boxes", "cardinality"]}
+        losses = list(options.get("losses") or ("labels", "boxes", "cardinality"))
+        ours = {"matcher": matcher, "weight_dict": weights, "losses": losses}
         arguments = {a: options[o] for a, o in _CRITERION_ARGUMENTS.items() if a in criterion_takes and o in options}
         criterion = module.SetCriterion(**arguments, **{k: v for k, v in ours.items() if k in criterion_takes})
         if not hasattr(criterion, "weight_dict"):
@@ -325,6 +345,7 @@ def _detr_shaped(module: ModuleType, name: str) -> Candidate:
 
     named = {o for a, o in _MATCHER_ARGUMENTS.items() if a in matcher_takes}
     named |= {o for a, o in _CRITERION_ARGUMENTS.items() if a in criterion_takes} | WEIGHT_OPTIONS
+    named |= {"losses"} & set(criterion_takes)
     build.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
         [inspect.Parameter(o, inspect.Parameter.KEYWORD_ONLY, default=None) for o in sorted(named)]
     )

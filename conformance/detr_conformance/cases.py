@@ -21,6 +21,8 @@ from detr_reference.textbook import TERMS
 
 FINAL: Final = "final"
 ENC: Final = "enc"
+DN: Final = "dn"
+MASK_TERMS: Final = ("mask", "dice")
 
 
 @dataclass(frozen=True)
@@ -51,12 +53,19 @@ class Case:
 
     ``outputs``: pred_logits [B,Q,C], pred_boxes [B,Q,4], aux_outputs, enc_outputs | interm_outputs, text_mask [B,T].
     ``targets``: labels [n], boxes [n,4], token_labels [n,T] and positive_map [K,T] where the profile has text.
+    Where masks are trained: pred_masks [B,Q,h,w] logits, and masks [n,H_b,W_b] of a size of each image's own; where
+    there are denoising queries: dn_meta (see ``detr_reference.denoising``).
     """
 
     label: str
     options: Options
     outputs: Mapping[str, Any]
     targets: tuple[Mapping[str, Tensor], ...]
+
+    @property
+    def words(self) -> str:
+        """The inputs in words, where they are no outputs and targets; else ""."""
+        return ""
 
     @property
     def counts(self) -> tuple[int, ...]:
@@ -84,19 +93,42 @@ class Case:
         """True where the case has encoder outputs."""
         return bool(self.options.encoder_key) and self.options.encoder_key in self.outputs
 
+    @property
+    def has_masks(self) -> bool:
+        """True where masks are trained."""
+        return "pred_masks" in self.outputs and "masks" in self.options.losses
+
+    @property
+    def denoising(self) -> tuple[str, ...]:
+        """Names of the layers of denoising queries: dn, dn_aux0, dn_aux1, …; none without them."""
+        found = (self.outputs.get("dn_meta") or {}).get("output_known_lbs_bboxes")
+        return () if found is None else (DN, *(f"{DN}_aux{i}" for i in range(len(found.get("aux_outputs", ())))))
+
+    @property
+    def sums(self) -> dict[str, tuple[str, ...]]:
+        """The losses that are differentiated together, by term: those of all layers, ``…_dn`` of all denoising ones."""
+        found = {term: tuple(f"loss_{term}{self.suffix(layer)}" for layer in self.layers) for term in TERMS}
+        if self.denoising:
+            found |= {f"{term}_dn": tuple(f"loss_{term}{self.suffix(x)}" for x in self.denoising) for term in TERMS}
+        return found | {term: (f"loss_{term}",) for term in MASK_TERMS if self.has_masks}
+
     def predictions(self, layer: str) -> Mapping[str, Tensor]:
-        """pred_logits and pred_boxes of a layer."""
-        found: Mapping[str, Tensor] = self.outputs
+        """pred_logits and pred_boxes of a layer, and pred_masks of the final one, if it has them."""
+        found: Mapping[str, Any] = self.outputs
+        if layer.startswith(DN):
+            found = self.outputs["dn_meta"]["output_known_lbs_bboxes"]
         if layer == ENC:
             found = self.outputs[self.options.encoder_key]
-        elif layer != FINAL:
-            found = self.outputs["aux_outputs"][int(layer[3:])]
-        return {k: found[k] for k in ("pred_logits", "pred_boxes")}
+        elif layer not in (FINAL, DN):
+            found = found["aux_outputs"][int(layer.removeprefix(f"{DN}_")[3:])]
+        return {k: found[k] for k in ("pred_logits", "pred_boxes", "pred_masks") if k in found}
 
     def suffix(self, layer: str) -> str:
         """The suffix of a layer's losses."""
         if layer == FINAL:
             return ""
+        if layer.startswith(DN):
+            return layer.replace(DN, "_dn").replace("_aux", "_")
         return self.options.encoder_suffix if layer == ENC else f"{self.options.aux_suffix}{layer[3:]}"
 
     def keys(self, layer: str) -> tuple[str, ...]:
@@ -106,12 +138,20 @@ class Case:
     def with_predictions(self, change: Callable[[str, str, Tensor], Tensor]) -> Case:
         """The case with every prediction replaced by ``change(layer, key, value)``."""
         new: dict[str, Any] = dict(self.outputs)
-        for layer in self.layers:
+        for layer in (*self.layers, *self.denoising):
             fresh = {k: change(layer, k, v) for k, v in self.predictions(layer).items()}
             if layer == FINAL:
                 new |= fresh
             elif layer == ENC:
                 new[self.options.encoder_key] = fresh
+            elif layer.startswith(DN):
+                last = {**new["dn_meta"]["output_known_lbs_bboxes"]}
+                if layer == DN:
+                    last |= fresh
+                else:
+                    last["aux_outputs"] = [*last["aux_outputs"]]
+                    last["aux_outputs"][int(layer[len(f"{DN}_aux") :])] = fresh
+                new["dn_meta"] = {**new["dn_meta"], "output_known_lbs_bboxes": last}
             else:
                 new["aux_outputs"] = [*new["aux_outputs"]]
                 new["aux_outputs"][int(layer[3:])] = fresh
@@ -125,19 +165,22 @@ class Case:
             outputs["text_mask"] = outputs["text_mask"][order]
         return replace(part, outputs=outputs, targets=tuple(self.targets[i] for i in order))
 
-    def fresh(self) -> tuple[dict[str, Any], list[dict[str, Tensor]], dict[str, tuple[Tensor, Tensor]]]:
-        """Inputs for one call: cloned outputs with gradient, cloned targets, and the (logits, boxes) of each layer."""
-        leaves: dict[str, tuple[Tensor, Tensor]] = {}
+    def fresh(
+        self, device: torch.device | str = "cpu"
+    ) -> tuple[dict[str, Any], list[dict[str, Tensor]], dict[str, tuple[Tensor, ...]]]:
+        """Inputs for one call: cloned outputs with gradient, cloned targets, and the (logits, boxes) of each layer,
+        with masks (logits, boxes, masks) of the final one."""
+        leaves: dict[str, tuple[Tensor, ...]] = {}
 
         def leaf(layer: str, key: str, value: Tensor) -> Tensor:
-            new = value.clone().requires_grad_()
+            new = value.clone().to(device).requires_grad_()
             leaves[layer] = (*leaves.get(layer, ()), new)
             return new
 
         outputs = dict(self.with_predictions(leaf).outputs)
         if "text_mask" in outputs:
-            outputs["text_mask"] = outputs["text_mask"].clone()
-        return outputs, [{k: v.clone() for k, v in t.items()} for t in self.targets], leaves
+            outputs["text_mask"] = outputs["text_mask"].clone().to(device)
+        return outputs, [{k: v.clone().to(device) for k, v in t.items()} for t in self.targets], leaves
 
 
 def build(recipe: Recipe, options: Options, varies: frozenset[str]) -> Case:

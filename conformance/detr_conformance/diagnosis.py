@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Final
 
 import torch
@@ -18,13 +19,13 @@ from torch import Tensor
 from detr_conformance.adapters.textbook import candidate_of
 from detr_conformance.budget import budget
 from detr_conformance.candidate import Bound, bind
-from detr_conformance.cases import Case
+from detr_conformance.cases import MASK_TERMS, Case
 from detr_conformance.findings import Diagnosis
 from detr_conformance.observation import Observation, observe
 from detr_conformance.registry import Check, Fault, faults
 from detr_conformance.seen import Seen
 from detr_conformance.tolerance import EPS
-from detr_reference.textbook import TERMS, textbook
+from detr_reference.textbook import TERMS, Textbook, textbook
 
 SEPARATE: Final = 3
 SECONDS: Final = 1.0
@@ -40,15 +41,17 @@ def diagnose(bound: Bound, check: Check, cases: Sequence[Case]) -> Diagnosis | N
     does, where more than two do, or where too few cases tell."""
     if len(cases) < SEPARATE:
         return None
+    if check.on.numbers:
+        cases = cases[:SEPARATE]  # each of these takes more than one call
     spent = budget(SECONDS)
     terms = _terms(bound, check, cases)
-    seen = [_atoms(observe(bound, case), terms) for case in cases]
-    right = _right(bound, cases, terms)
+    seen = [_numbers(check, bound, case, terms) for case in cases]
+    right = _right(check, bound, cases, terms)
     fitting = []
     for fault in _related(check, bound.profile):
         if spent():
             return None  # not all were tried, so none can be told apart
-        if _fits(fault, bound, cases, terms, seen, right) and _breaks(fault, check, bound, cases[0]):
+        if _fits(fault, check, bound, cases, terms, seen, right) and _breaks(fault, check, bound, cases[0]):
             fitting.append(fault)
     if not 1 <= len(fitting) <= 2:
         return None
@@ -61,27 +64,39 @@ def _terms(bound: Bound, check: Check, cases: Sequence[Case]) -> frozenset[str]:
     """The terms whose numbers count. For the matching, those that are right at the candidate's own matching: a term
     that is wrong itself would hide which matching it was."""
     if check.component not in MATCHING:
-        return frozenset(TERMS)
+        return frozenset((*TERMS, *MASK_TERMS))
     wrong = {t for case in cases for t in TERMS if not Seen(bound, case, observe(bound, case)).agrees(t, "final")}
     return frozenset(TERMS) - wrong or frozenset(TERMS)
 
 
-def _right(bound: Bound, cases: Sequence[Case], terms: frozenset[str]) -> list[Atoms]:
-    book = bind(candidate_of(textbook, bound.profile))
-    return [_atoms(observe(book, case), terms) for case in cases]
+def _right(check: Check, bound: Bound, cases: Sequence[Case], terms: frozenset[str]) -> list[Atoms]:
+    book = _bound(textbook, bound)
+    return [_numbers(check, book, case, terms) for case in cases]
+
+
+def _bound(book: Textbook, bound: Bound) -> Bound:
+    """A book as a candidate, called as the candidate is called."""
+    return replace(bind(candidate_of(book, bound.profile)), device=bound.device)
 
 
 def _fits(
-    fault: Fault, bound: Bound, cases: Sequence[Case], terms: frozenset[str], seen: list[Atoms], right: list[Atoms]
+    fault: Fault,
+    check: Check,
+    bound: Bound,
+    cases: Sequence[Case],
+    terms: frozenset[str],
+    seen: list[Atoms],
+    right: list[Atoms],
 ) -> bool:
     """True where the candidate equals the fault in all of its footprint, and enough cases show a footprint."""
-    book = bind(candidate_of(fault.apply(textbook), bound.profile))
+    book = _bound(fault.apply(textbook), bound)
     wrong: list[Atoms] = []
     footprint: set[tuple[str, ...]] = set()
     separate = 0
     for case, theirs, ours in zip(cases, seen, right, strict=True):
-        wrong.append(_atoms(observe(book, case), terms))
-        own = {a for a in {*wrong[-1], *ours} if not _equal(wrong[-1].get(a), ours.get(a))}
+        wrong.append(_numbers(check, book, case, terms))
+        known = {a for a in {*wrong[-1], *ours} if a in theirs or not _is_log(a)}  # logging is up to the candidate
+        own = {a for a in known if not _equal(wrong[-1].get(a), ours.get(a))}
         if not all(_equal(theirs.get(a), wrong[-1].get(a)) for a in own):
             return False
         footprint |= own
@@ -92,7 +107,7 @@ def _fits(
 
 def _breaks(fault: Fault, check: Check, bound: Bound, case: Case) -> bool:
     """True where the fault fails the check on a case that the candidate fails it on."""
-    book = bind(candidate_of(fault.apply(textbook), bound.profile))
+    book = _bound(fault.apply(textbook), bound)
     return any(not comparison.ok for comparison in check.judge(check.on.observe(book, case)))
 
 
@@ -102,11 +117,19 @@ def _related(check: Check, profile: str) -> list[Fault]:
     own = [
         f
         for f in faults(profile)
-        if f.check.component == check.component
-        or f.check.clause.id.split("-")[0] == chapter
-        or {f.check.component, check.component} <= MATCHING
+        if f.check.on.numbers is check.on.numbers
+        and (
+            f.check.component == check.component
+            or f.check.clause.id.split("-")[0] == chapter
+            or {f.check.component, check.component} <= MATCHING
+        )
     ]
     return sorted(own, key=lambda f: (f.check is not check, f.check.clause is not check.clause))
+
+
+def _numbers(check: Check, bound: Bound, case: Case, terms: frozenset[str]) -> Atoms:
+    """What tells faults apart: what the check's experiment says that does, else every number of one call."""
+    return check.on.numbers(bound, case) if check.on.numbers else _atoms(observe(bound, case), terms)
 
 
 def _atoms(observation: Observation, terms: frozenset[str]) -> Atoms:
@@ -115,10 +138,15 @@ def _atoms(observation: Observation, terms: frozenset[str]) -> Atoms:
         ("loss", k): v for k, v in observation.losses.items() if not k.startswith("loss") or k.split("_")[1] in terms
     }
     for (term, layer), grads in observation.grads.items():
-        if term in terms:
-            found |= {("grad", term, layer, name): g for name, g in zip(("logits", "boxes"), grads, strict=True)}
+        if term.split("_")[0] in terms:
+            names = ("logits", "boxes", "masks")[: len(grads)]
+            found |= {("grad", term, layer, name): g for name, g in zip(names, grads, strict=True)}
     weights = observation.weights or {}
     return found | {("weight", k): v for k, v in weights.items() if k in observation.losses}
+
+
+def _is_log(atom: tuple[str, ...]) -> bool:
+    return atom[0] == "loss" and not atom[1].startswith("loss")
 
 
 def _equal(one: Any, other: Any) -> bool:

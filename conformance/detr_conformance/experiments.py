@@ -34,7 +34,9 @@ class Experiment:
     ``fixed``: the cases of every effort · ``drawn``: the strategy of the searched cases · ``share``: which
     part of the effort's searched cases this experiment takes · ``observe``: the calls · ``weight``: roughly how long it
     takes, in seconds at effort standard, to share experiments out · ``since``: the least effort that it runs at ·
-    ``declined``: why it cannot be made with a candidate on this machine, or "".
+    ``declined``: why it cannot be made with a candidate on this machine, or "" · ``numbers``: by what name known faults
+    are told apart, where that is not what the criterion returns · ``once``: a case takes so long that it is observed
+    once, and never again to explain what failed.
     """
 
     name: str
@@ -46,6 +48,8 @@ class Experiment:
     weight: float = 0.5
     since: str = "quick"
     declined: Callable[[Bound], str] = lambda bound: ""
+    numbers: Callable[[Bound, Case], Mapping[tuple[str, ...], Any]] | None = None
+    once: bool = False
 
 
 def _call(bound: Bound, case: Case, criterion: Any = None) -> Seen:
@@ -460,7 +464,3 @@ REPEATED = Experiment(
     _again,
     share=0.1,
 )
-
-EXPERIMENTS = (
-    BATCH, EDGES, PAIRS, CERTAIN, DUELS, CONFIGURED, EXTREMES, PERMUTED, ALONE, LAYERS, PROMPTS, REPEATED,
-)  # fmt: skip

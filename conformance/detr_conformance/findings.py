@@ -93,7 +93,10 @@ def finding_from(data: Mapping[str, Any]) -> Finding:
 
 @dataclass(frozen=True)
 class Report:
-    """All findings of one candidate, and what was judged under which conditions."""
+    """All findings of one candidate, and what was judged under which conditions.
+
+    ``device``: the accelerator that was compared with the CPU; ``cpu`` or ``none`` where there was none.
+    """
 
     candidate: str
     profile: str
@@ -106,6 +109,7 @@ class Report:
     findings: tuple[Finding, ...]
     notes: tuple[str, ...] = ()
     seconds: float = field(default=0.0, compare=False)
+    device: str = "cpu"
 
     @property
     def conformant(self) -> bool:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import textwrap
-from typing import Final
+from collections.abc import Mapping
+from typing import Any, Final
 
 from torch import Tensor
 
@@ -16,7 +17,13 @@ WIDTH: Final = 84
 
 
 def failure(
-    clause: str, sentence: str, level: str, evidence: Evidence, candidate: str, diagnosis: Diagnosis | None = None
+    clause: str,
+    sentence: str,
+    level: str,
+    evidence: Evidence,
+    candidate: str,
+    diagnosis: Diagnosis | None = None,
+    option: Mapping[str, Any] | None = None,
 ) -> str:
     """The message of a failed check: clause, inputs, want and got, and the line that runs it again."""
     head = textwrap.wrap(f"{clause}  {sentence}", WIDTH - 8)
@@ -29,6 +36,10 @@ def failure(
         known = " or ".join(f'{id} "{sentence.rstrip(".")}"' for id, sentence in diagnosis.faults)
         lines += _field("looks like", f"{known} ({diagnosis.agree} of {diagnosis.tried} inputs)")
         lines += _field("", diagnosis.advice) if diagnosis.advice else []
+    if option:
+        named = ", ".join(f"{name}={value!r}" for name, value in option.items())
+        lines += _field("explained", f"by the option {named}: if that is meant, declare it,")
+        lines += _field("", f"Candidate(…, options={dict(option)!r})")
     lines += _field("rerun", f"pytest --candidate={candidate} --clause={clause}")
     return "\n".join(lines)
 
@@ -45,22 +56,32 @@ def _field(name: str, text: str) -> list[str]:
 
 def inputs(case: Case) -> str:
     """A case in words, and in numbers where it has few."""
+    if case.words:
+        return case.words
     o = case.options
     channels = int(case.outputs["pred_logits"].shape[-1])
     kind = {"softmax": f"{_many(o.num_classes, 'class')} and no object", "focal": _many(o.num_classes, "class")}
     targets = "+".join(map(str, case.counts)) + " targets" if len(case.counts) > 1 else _many(case.total, "target")
     words = [_many(len(case.counts), "image"), targets, kind.get(o.class_loss, _many(channels, "token"))]
-    words += [f"{n}: {_many(case.predictions(n)['pred_logits'].shape[1], 'query')}" for n in case.layers]
+    layers = (*case.layers, *case.denoising)
+    words += [f"{n}: {_many(case.predictions(n)['pred_logits'].shape[1], 'query')}" for n in layers]
+    if case.denoising:
+        words.append(_many(case.outputs["dn_meta"]["num_dn_group"], "denoising group"))
+    if case.has_masks:
+        sizes = [case.outputs["pred_masks"], *(t["masks"] for t in case.targets)]
+        words.append("masks " + ", ".join("×".join(map(str, s.shape[-2:])) for s in sizes) + ", the first predicted")
     lines = [", ".join(words)]
-    numbers = sum(v.numel() for n in case.layers for v in case.predictions(n).values())
+    numbers = sum(v.numel() for n in layers for v in case.predictions(n).values())
+    numbers += sum(t["masks"].numel() for t in case.targets if case.has_masks)
     if numbers + 4 * case.total > FEW:
         return f"{lines[0]} ({case.label})"
-    for layer in case.layers:
+    for layer in layers:
         part = case.predictions(layer)
         for b in range(len(case.counts)):
             for q in range(part["pred_logits"].shape[1]):
                 row = f"box {_row(part['pred_boxes'][b, q])}  logits {_row(part['pred_logits'][b, q])}"
-                where = f"{layer} image" if len(case.layers) > 1 else "image"
+                row += f"  mask {_rows(part['pred_masks'][b, q])}" if "pred_masks" in part else ""
+                where = f"{layer} image" if len(layers) > 1 else "image"
                 lines.append(f"{where} {b} query {q}: {row}")
     for b, target in enumerate(case.targets):
         for t in range(len(target["labels"])):
@@ -68,6 +89,7 @@ def inputs(case: Case) -> str:
                 f", tokens {target['token_labels'][t].nonzero()[:, 0].tolist()}" if "token_labels" in target else ""
             )
             row = f"box {_row(target['boxes'][t])}  label {int(target['labels'][t])}{tokens}"
+            row += f"  mask {_rows(target['masks'][t])}" if case.has_masks else ""
             lines.append(f"image {b} target {t}: {row}")
     return "\n".join(lines)
 
@@ -77,6 +99,10 @@ def _row(values: Tensor) -> str:
     if len(numbers) > 4 and len(set(numbers)) == 1:
         return f"all {numbers[0]:.6g}"
     return "(" + ", ".join(f"{v:.6g}" for v in numbers) + ")"
+
+
+def _rows(values: Tensor) -> str:
+    return "; ".join(" ".join(f"{float(v):.6g}" for v in row) for row in values)
 
 
 def _many(n: int, what: str) -> str:

@@ -7,40 +7,45 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from detr_conformance import devices
 from detr_conformance.candidate import Bound
 from detr_conformance.cases import ENC, Case
-from detr_reference.textbook import TERMS, Pairs
+from detr_reference.textbook import Pairs, textbook
 
-Grads = tuple[Tensor | None, Tensor | None]
+Grads = tuple[Tensor | None, ...]  # of logits and boxes, and of masks where they are trained
 
 
 @dataclass(frozen=True, eq=False)
 class Observation:
     """What one call returned.
 
-    ``raised``: the exception in one line, or "" · ``losses``: every real scalar by its contract name · ``odd``: what
-    every other returned value is instead · ``grads``: by (term, layer) the gradients of logits and boxes of the sum
-    of that term's losses, None where the output got none · ``attached``: keys whose value requires gradient ·
-    ``weights``: weight_dict · ``changed``: which input the call changed.
+    ``raised``: the exception in one line, or "" · ``message``: all that it says · ``losses``: every real scalar by
+    its contract name · ``odd``: what every other returned value is instead · ``grads``: by (term, layer) the gradients
+    of logits and boxes of the sum of that term's losses, None where the output got none · ``attached``: keys whose
+    value requires gradient · ``dtypes``: the dtype of each returned tensor · ``weights``: weight_dict · ``changed``:
+    which input the call changed.
     """
 
     case: Case
     raised: str = ""
+    message: str = ""
     losses: Mapping[str, float] = field(default_factory=dict)
     odd: Mapping[str, str] = field(default_factory=dict)
     grads: Mapping[tuple[str, str], Grads] = field(default_factory=dict)
     attached: frozenset[str] = frozenset()
+    dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
     weights: Mapping[str, float] | None = None
     changed: str = ""
     criterion: Any = field(default=None, repr=False)
+    device: str = "cpu"
 
     @property
     def keys(self) -> frozenset[str]:
@@ -59,7 +64,8 @@ class Observation:
 
     @cached_property
     def _answer(self) -> tuple[dict[str, list[Pairs]], str]:
-        return _matches(self.criterion, self.case)
+        with devices.of(self.device).entered():
+            return _matches(self.criterion, self.case, devices.of(self.device).device)
 
 
 _on_call: list[Callable[[str], None]] = []
@@ -88,32 +94,57 @@ def foreign(what: str) -> Iterator[None]:
 
 
 def observe(
-    bound: Bound, case: Case, *, criterion: Any = None, grads: bool = True, inputs: bool = False
+    bound: Bound,
+    case: Case,
+    *,
+    criterion: Any = None,
+    grads: bool = True,
+    inputs: bool = False,
+    around: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    device: str = "cpu",
 ) -> Observation:
     """Call the candidate on a case, with a criterion built for it unless one is given.
 
-    ``grads``: differentiate what it returns · ``inputs``: look whether it changes its inputs.
+    ``grads``: differentiate what it returns · ``inputs``: look whether it changes its inputs · ``around``: what the
+    caller calls it under, autocast for one · ``device``: where the inputs are; what is found lies on the CPU.
     """
-    outputs, targets, leaves = case.fresh()
-    raised = ""
+    with devices.of(device).entered():
+        found = _observe(bound, case, criterion, grads, inputs, around, devices.of(device).device)
+    return replace(found, device=device)
+
+
+def _observe(
+    bound: Bound,
+    case: Case,
+    criterion: Any,
+    grads: bool,
+    inputs: bool,
+    around: Callable[[], AbstractContextManager[Any]],
+    device: torch.device,
+) -> Observation:
+    outputs, targets, leaves = case.fresh(device)
+    raised = message = ""
     returned: Any = None
     with foreign(case.label):
         try:
             if criterion is None:
                 criterion = bound.build(case.options)
+            if device.type != "cpu" and isinstance(criterion, torch.nn.Module):
+                criterion.to(device)
             before = _snapshot((outputs, targets)) if inputs else {}
-            returned = criterion(outputs, targets)
+            with around():
+                returned = criterion(outputs, targets)
             changed = _difference(before, _snapshot((outputs, targets))) if inputs else ""
         except (Exception, SystemExit, RecursionError) as error:
-            raised = said(error)
+            raised, message = said(error), f"{type(error).__name__}: {error}"[:5000]
     if not raised and not isinstance(returned, Mapping):
         raised = f"returned {_what(returned)}, not a dict of losses"
     if raised:
-        return Observation(case, raised=raised)
-    named = {_renamed(str(k), bound.candidate.rename): v for k, v in returned.items()}
+        return Observation(case, raised=raised, message=message or raised)
+    named = _named(returned, bound, case)
     losses, odd = {}, {}
     for key, value in named.items():
-        strange = _strange(value)
+        strange = _strange(value, device)
         if strange:
             odd[key] = strange
         if isinstance(value, (int, float)) and not isinstance(value, bool):
@@ -134,6 +165,7 @@ def observe(
         grads=found,
         attached=frozenset(k for k, v in named.items() if isinstance(v, Tensor) and v.requires_grad),
         weights=_weights(criterion, bound),
+        dtypes={k: v.dtype for k, v in named.items() if isinstance(v, Tensor)},
         changed=changed,
         criterion=criterion,
     )
@@ -148,10 +180,25 @@ def gradients_by_layer(bound: Bound, case: Case) -> dict[str, dict[str, Grads]]:
     with foreign(case.label):
         try:
             returned = bound.build(case.options)(outputs, targets)
-            named = {_renamed(str(k), bound.candidate.rename): v for k, v in returned.items()}
+            named = _named(returned, bound, case)
             return {layer: _grad(_sum(named, case.keys(layer)), leaves) for layer in case.layers}
         except Exception:
             return {}
+
+
+def weighted_sum(bound: Bound, case: Case, criterion: Any, returned: Any) -> Tensor:
+    """KEY-6. Σ loss · weight over the keys of both, what a training loop goes down: with the candidate's own weights,
+    or the options' where it has none. Raises ValueError where there is nothing to sum."""
+    if not isinstance(returned, Mapping):
+        raise ValueError(f"returned {_what(returned)}, not a dict of losses")
+    own = None if case.options.weighted or not bound.candidate.own_weights else _weights(criterion, bound)
+    weights = textbook.under(case.options).weights() if own is None else own
+    named = _named(returned, bound, case)
+    parts = [value * weights[key] for key, value in named.items() if key in weights]
+    if not parts:
+        raise ValueError("no returned loss has a weight")
+    total: Tensor = sum(parts[1:], parts[0])
+    return total
 
 
 def said(error: BaseException) -> str:
@@ -193,14 +240,14 @@ def _index(values: Any) -> Tensor:
     return index.detach().cpu().long()
 
 
-def _matches(criterion: Any, case: Case) -> tuple[dict[str, list[Pairs]], str]:
+def _matches(criterion: Any, case: Case, device: torch.device) -> tuple[dict[str, list[Pairs]], str]:
     matcher = getattr(criterion, "matcher", None)
     if not callable(matcher):
         return {}, ""
     found: dict[str, list[Pairs]] = {}
-    outputs, targets, _ = case.fresh()
+    outputs, targets, _ = case.fresh(device)
     for layer in case.layers:
-        part = {k: v.detach().clone() for k, v in case.predictions(layer).items()}
+        part = {k: v.detach().clone().to(device) for k, v in case.predictions(layer).items()}
         if "text_mask" in outputs:
             part["text_mask"] = outputs["text_mask"]
         own = [dict(t) for t in targets]
@@ -234,28 +281,36 @@ def _weights(criterion: Any, bound: Bound) -> dict[str, float] | None:
 
 
 def _gradients(
-    case: Case, named: Mapping[str, Any], leaves: Mapping[str, tuple[Tensor, Tensor]]
+    case: Case, named: Mapping[str, Any], leaves: Mapping[str, tuple[Tensor, ...]]
 ) -> dict[tuple[str, str], Grads]:
     found: dict[tuple[str, str], Grads] = {}
-    for term in TERMS:
-        total = _sum(named, [f"loss_{term}{case.suffix(layer)}" for layer in case.layers])
-        found |= {(term, layer): pair for layer, pair in _grad(total, leaves).items()}
+    for term, keys in case.sums.items():
+        found |= {(term, layer): pair for layer, pair in _grad(_sum(named, keys), leaves).items()}
     return found
 
 
 def _sum(named: Mapping[str, Any], keys: Sequence[str]) -> Tensor | None:
     """The sum of those losses that can be differentiated, or None."""
     parts = [named[k] for k in keys if isinstance(named.get(k), Tensor) and named[k].requires_grad]
-    return torch.stack([p.sum().double() for p in parts]).sum() if parts else None
+    return torch.stack([p.sum().cpu().double() for p in parts]).sum() if parts else None
 
 
-def _grad(total: Tensor | None, leaves: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Grads]:
+def _grad(total: Tensor | None, leaves: Mapping[str, tuple[Tensor, ...]]) -> dict[str, Grads]:
     if total is None:
-        return dict.fromkeys(leaves, (None, None))
-    flat = [leaf for pair in leaves.values() for leaf in pair]
+        return {layer: (None,) * len(own) for layer, own in leaves.items()}
+    flat = [leaf for own in leaves.values() for leaf in own]
     grads = torch.autograd.grad(total, flat, allow_unused=True, retain_graph=True)
-    wide = [None if g is None else g.detach().double() for g in grads]
-    return {layer: (wide[2 * i], wide[2 * i + 1]) for i, layer in enumerate(leaves)}
+    wide = iter([None if g is None else g.detach().cpu().double() for g in grads])
+    return {layer: tuple(next(wide) for _ in own) for layer, own in leaves.items()}
+
+
+def _named(returned: Mapping[Any, Any], bound: Bound, case: Case) -> dict[str, Any]:
+    """What was returned under the contract's names; losses declared as weighted without their weights."""
+    named = {_renamed(str(k), bound.candidate.rename): v for k, v in returned.items()}
+    if not case.options.weighted:
+        return named
+    weights = textbook.under(case.options).weights()
+    return {k: v / weights[k] if weights.get(k) and isinstance(v, Tensor) else v for k, v in named.items()}
 
 
 def _renamed(key: str, rename: Mapping[str, str]) -> str:
@@ -265,15 +320,15 @@ def _renamed(key: str, rename: Mapping[str, str]) -> str:
     return key
 
 
-def _strange(value: Any) -> str:
-    """What a loss is, where it is not a real scalar tensor on the CPU; else ""."""
+def _strange(value: Any, device: torch.device) -> str:
+    """What a loss is, where it is not a real scalar tensor on the outputs' device; else ""."""
     if not isinstance(value, Tensor):
         return _what(value)
     if value.ndim:
         return f"a tensor of shape {list(value.shape)}"
     if not value.is_floating_point():
         return f"a tensor of {value.dtype}"
-    return "" if value.device.type == "cpu" else f"a tensor on {value.device}"
+    return "" if value.device.type == device.type else f"a tensor on {value.device}"
 
 
 def _what(value: Any) -> str:

@@ -22,7 +22,7 @@ OPTIONS: Final = {
     "profile": ("", "NAME", "detr, deformable-detr, dino or grounding-dino [the candidate's own, or a guess]"),
     "level": ("must", "LEVEL", "must or should"),
     "effort": ("standard", "EFFORT", "quick, standard (up to 100 searched cases an experiment) or deep"),
-    "device": ("cpu", "DEVICE", "where tensors live: cpu"),
+    "device": ("cpu", "DEVICE", "what to compare with the cpu: auto, cuda, mps or xpu; cpu: nothing"),
     "seed": ("0", "N", "seed of the searched cases"),
     "limit": ("20", "SECONDS", "how long one call of the candidate may take"),
     "report": ("", "DIR", "write report.json into this folder"),

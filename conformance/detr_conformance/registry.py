@@ -43,7 +43,8 @@ class Clause:
 class Comparison:
     """One number that the candidate returned beside the one that the contract asks for.
 
-    ``ok`` is the verdict; ``what`` names the quantity; ``how`` says in words where ``want`` comes from.
+    ``ok`` is the verdict; ``what`` names the quantity; ``how`` says in words where ``want`` comes from;
+    ``note`` is worth reading also where all is well.
     """
 
     ok: bool
@@ -52,6 +53,7 @@ class Comparison:
     got: str
     allowed: str = ""
     how: str = ""
+    note: str = ""
 
 
 Judge = Callable[["Seen"], Iterator[Comparison]]
@@ -63,7 +65,8 @@ class Check:
 
     It yields a Comparison for everything that it can decide in one observation, and nothing where the observation
     does not concern it. ``after``: names of checks without which this one says nothing new. ``takes_raising``: the
-    check of its experiment that answers for a candidate that raises, hangs or ends the process.
+    check of its experiment that answers for a candidate that raises, hangs or ends the process. ``measures``: it tells
+    a number for information, and judges nothing.
     """
 
     name: str
@@ -74,6 +77,7 @@ class Check:
     after: tuple[str, ...]
     takes_raising: bool
     profiles: frozenset[str]
+    measures: bool = False
 
 
 @dataclass(frozen=True)
@@ -111,8 +115,11 @@ def check(
     after: Iterable[Check | str] = (),
     takes_raising: bool = False,
     profiles: frozenset[str] | None = None,
+    measures: bool = False,
 ) -> Callable[[Judge], Check]:
     """Declare the decorated function as a check of ``clause`` that judges each observation of ``on``."""
+    if measures and clause.level != "information":
+        raise ValueError(f"{clause.id} is no information, so its checks must judge")
     if component not in COMPONENTS:
         raise ValueError(f"unknown component {component!r}")
 
@@ -120,7 +127,7 @@ def check(
         name = str(judge.__name__)
         bound = clause.profiles if profiles is None else profiles & clause.profiles
         earlier = tuple(c if isinstance(c, str) else c.name for c in after)
-        return _add(_checks, name, Check(name, clause, on, component, judge, earlier, takes_raising, bound))
+        return _add(_checks, name, Check(name, clause, on, component, judge, earlier, takes_raising, bound, measures))
 
     return declare
 

@@ -10,28 +10,27 @@ import platform
 import time
 import traceback
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Final
 
 import numpy as np
 
-from detr_conformance import experiments, messages, shrink
+from detr_conformance import devices, experiments, messages, shrink
 from detr_conformance.candidate import Bound, bind
 from detr_conformance.cases import Case, Recipe, build
 from detr_conformance.diagnosis import diagnose
 from detr_conformance.errors import ConformanceError
 from detr_conformance.experiments import Experiment
 from detr_conformance.findings import Evidence, Finding, Report
+from detr_conformance.inference import explaining
 from detr_conformance.observation import observe
 from detr_conformance.registry import LEVELS, Check, Comparison, checks, near
-from detr_conformance.seen import Seen
+from detr_conformance.tallies import RAISES, Tallies, Tally, judged, tallied
 from detr_reference.options import PROFILES
 
 EFFORTS: Final = {"quick": 0, "standard": 100, "deep": 3000}
 SMOKE: Final = "smoke"
-RAISES: Final = "the call"
-TELLING: Final = 6  # failing cases on which known faults are compared with the candidate
 
 
 @dataclass(frozen=True)
@@ -49,14 +48,15 @@ class Settings:
         known: dict[str, tuple[Any, Sequence[str]]] = {
             "level": (self.level, LEVELS),
             "effort": (self.effort, tuple(EFFORTS)),
-            "device": (self.device, ("cpu",)),
+            "device": (self.device, (*devices.names(), devices.SIMULATED)),
         }
         if self.profile is not None:
             known["profile"] = (self.profile, tuple(PROFILES))
         for name, (value, allowed) in known.items():
             if value not in allowed:
+                shown = [a for a in allowed if a != devices.SIMULATED]  # that one is for the suite's own tests
                 raise ConformanceError(
-                    f"unknown {name} {value!r}; it must be one of {', '.join(allowed)}{near(str(value), allowed)}"
+                    f"unknown {name} {value!r}; it must be one of {', '.join(shown)}{near(str(value), shown)}"
                 )
         try:
             checks(only=self.clauses)
@@ -66,7 +66,8 @@ class Settings:
 
 @dataclass(frozen=True)
 class Identity:
-    """What was bound: the candidate's name, its profile and why that one, its options, and remarks said aloud."""
+    """What was bound: the candidate's name, its profile and why that one, its options, remarks said aloud, and the
+    device that it is compared on with the CPU."""
 
     name: str
     profile: str
@@ -74,16 +75,7 @@ class Identity:
     options: dict[str, Any]
     notes: tuple[str, ...]
     smoke: Finding
-
-
-@dataclass
-class _Tally:
-    """What one check found in one experiment."""
-
-    check: Check
-    decided: int = 0
-    failing: tuple[Case, Comparison] | None = None
-    cases: list[Case] = field(default_factory=list)
+    device: str = devices.CPU
 
 
 class Judge:
@@ -94,9 +86,9 @@ class Judge:
 
         torch.set_num_threads(1)
         self.settings = settings
-        self.bound = bind(spec, settings.profile)
-        self._tallies: dict[str, dict[str, _Tally]] = {}
-        self._raised: dict[str, str] = {}
+        device = devices.chosen(settings.device)
+        self.bound = replace(bind(spec, settings.profile), device=device)
+        self._found: dict[str, Tallies] = {}
 
     def identity(self) -> Identity:
         """Who is judged; calls the candidate once to see that the wiring is right."""
@@ -110,8 +102,9 @@ class Judge:
         if fixed and bound.options.class_loss != "token":
             notes.append(f"the factory does not name {', '.join(sorted(fixed))}: judged at {bound.profile}'s defaults")
         return Identity(
-            bound.name, bound.profile, bound.profile_from, dict(bound.candidate.options), tuple(notes), smoke(bound)
-        )
+            bound.name, bound.profile, bound.profile_from, dict(bound.candidate.options), tuple(notes), smoke(bound),
+            bound.device,
+        )  # fmt: skip
 
     def finding(self, name: str) -> Finding:
         """The finding of one check."""
@@ -122,18 +115,27 @@ class Judge:
         tally = self._tally(check)
         if tally.failing is None:
             verdict = "pass" if tally.decided else "declined"
-            reason = "" if tally.decided else self._why_declined(check)
-            if not tally.decided and check.on.name in self._raised and self._raised[check.on.name]:
-                verdict, reason = "blocked", f"the candidate raises: {self._raised[check.on.name]}"
+            reason = "; ".join(tally.notes) or ("" if tally.decided else self._why_declined(check))
+            raised = self._tallies(check.on).raised
+            if not tally.decided and raised:
+                verdict, reason = "blocked", f"the candidate raises: {raised}"
             return _finding(check, verdict, reason, decided=tally.decided)
         case, comparison = tally.failing
         for other in self._earlier(check, case, comparison):
             if self._tally(other).failing is not None:
                 return _finding(check, "blocked", f"blocked by {other.clause.id}, {other.name.replace('_', ' ')}")
         evidence = self._evidence(check, *tally.failing)
-        looks_like = None if comparison.what == RAISES else diagnose(self.bound, check, tally.cases)
+        option: dict[str, Any] = {}
+        looks_like = None
+        if comparison.what != RAISES and not check.on.once:
+            if not check.on.numbers:  # where options show, they show in what one call returns
+                option = explaining(self.bound, check, tally.cases, self._tallies)
+            looks_like = diagnose(self.bound, check, tally.cases)
+        name = self.bound.name
+        if check.component == "devices":
+            name += f" --conformance-device={self.bound.device}"
         message = messages.failure(
-            check.clause.id, check.clause.sentence, check.clause.level, evidence, self.bound.name, looks_like
+            check.clause.id, check.clause.sentence, check.clause.level, evidence, name, looks_like, option
         )
         return replace(_finding(check, "fail", message, evidence, tally.decided), diagnosis=looks_like)
 
@@ -180,31 +182,13 @@ class Judge:
             return f"judged at effort {' or '.join(order[order.index(experiment.since) :])} only"
         return experiment.declined(self.bound)
 
-    def _tally(self, check: Check) -> _Tally:
-        if check.on.name not in self._tallies:
-            self._tallies[check.on.name] = self._run(check.on)
-        return self._tallies[check.on.name][check.name]
+    def _tally(self, check: Check) -> Tally:
+        return self._tallies(check.on).by_check[check.name]
 
-    def _run(self, experiment: Experiment) -> dict[str, _Tally]:
-        tallies = {c.name: _Tally(c) for c in checks(self.bound.profile) if c.on is experiment}
-        raised, returned = "", False
-        for case in self._cases(experiment):
-            seen = experiment.observe(self.bound, case)
-            if seen.raised:
-                raised = seen.raised
-            else:
-                returned = True
-            for tally in tallies.values():
-                for comparison in judged(tally.check, seen):
-                    tally.decided += 1
-                    if comparison.ok:
-                        continue
-                    if len(tally.cases) < TELLING and case not in tally.cases:
-                        tally.cases.append(case)
-                    if tally.failing is None or _size(case) < _size(tally.failing[0]):
-                        tally.failing = (case, comparison)
-        self._raised[experiment.name] = "" if returned else raised
-        return tallies
+    def _tallies(self, experiment: Experiment) -> Tallies:
+        if experiment.name not in self._found:
+            self._found[experiment.name] = tallied(self.bound, experiment, self._cases(experiment))
+        return self._found[experiment.name]
 
     def _cases(self, experiment: Experiment) -> Iterator[Case]:
         yield from experiment.fixed(self.bound)
@@ -222,17 +206,12 @@ class Judge:
             except Exception:  # a simplification that is no valid case
                 return None
 
-        small = shrink.smallest(case, lambda c: broken(c) is not None, "num_classes" in self.bound.varies)
-        found = broken(small) or comparison
+        small, found = case, comparison
+        if not check.on.once:
+            attempts = shrink.FEW if check.on.numbers else shrink.ATTEMPTS  # those take more than one call each
+            small = shrink.smallest(case, lambda c: broken(c) is not None, "num_classes" in self.bound.varies, attempts)
+            found = broken(small) or comparison
         return Evidence(case.label, messages.inputs(small), found.what, found.want, found.got, found.allowed, found.how)
-
-
-def judged(check: Check, seen: Seen) -> Iterator[Comparison]:
-    """What a check says of one observation; a candidate that raised is judged by the check that answers for that."""
-    if not seen.raised:
-        yield from check.judge(seen)
-    elif check.takes_raising:
-        yield Comparison(False, RAISES, "a dict of losses", seen.raised)
 
 
 def _seed(seed: int, name: str) -> int:
@@ -302,7 +281,7 @@ def report(identity: Identity, settings: Settings, findings: Sequence[Finding], 
     first = [identity.smoke] if identity.smoke.verdict != "pass" else []
     return Report(
         identity.name, identity.profile, identity.profile_from, settings.level, settings.effort, settings.seed,
-        identity.options, versions(), (*first, *findings), identity.notes, seconds,
+        identity.options, versions(), (*first, *findings), identity.notes, seconds, identity.device,
     )  # fmt: skip
 
 
@@ -342,7 +321,3 @@ def _finding(check: Check, verdict: str, message: str, evidence: Evidence | None
         clause.id, clause.sentence, check.name, clause.level, check.component, verdict, message, evidence,
         decided=decided,
     )  # fmt: skip
-
-
-def _size(case: Case) -> int:
-    return sum(v.numel() for n in case.layers for v in case.predictions(n).values()) + 4 * case.total

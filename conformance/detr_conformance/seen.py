@@ -8,7 +8,7 @@ get one, and towards which target it points.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Final
 
@@ -20,9 +20,11 @@ from detr_conformance import tolerance
 from detr_conformance.candidate import Bound
 from detr_conformance.cases import Case
 from detr_conformance.observation import Grads, Observation
-from detr_reference.textbook import TERMS, Layer, Pairs, Textbook, textbook
+from detr_reference.textbook import Layer, Pairs, Textbook, textbook
 
 FITS: Final = 2e-3  # of a direction: far above float32 rounding, far below what another target would give
+
+UNDECIDED: Final = "undecided"  # the remark why an experiment decides nothing
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +32,7 @@ class Expected:
     """What the textbook returns for a case: float64 losses by key, and gradients by (term, layer)."""
 
     losses: Mapping[str, float]
-    grads: Mapping[tuple[str, str], tuple[Tensor, Tensor]]
+    grads: Mapping[tuple[str, str], tuple[Tensor, ...]]
 
 
 def expect(book: Textbook, case: Case, given: Mapping[str, Sequence[Pairs]] | None = None) -> Expected:
@@ -38,20 +40,20 @@ def expect(book: Textbook, case: Case, given: Mapping[str, Sequence[Pairs]] | No
     leaves: dict[str, dict[str, Tensor]] = {}
 
     def leaf(layer: str, key: str, value: Tensor) -> Tensor:
-        new = value.double().requires_grad_()
+        new = value.double().clone().requires_grad_()
         leaves.setdefault(layer, {})[key] = new
         return new
 
     wide = case.with_predictions(leaf)
     losses = book(wide.outputs, wide.targets, given).losses
-    flat = [t for pair in leaves.values() for t in pair.values()]
-    grads: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
-    for term in TERMS:
-        total = torch.stack([losses[f"loss_{term}{case.suffix(layer)}"] for layer in case.layers]).sum()
+    flat = [t for own in leaves.values() for t in own.values()]
+    grads: dict[tuple[str, str], tuple[Tensor, ...]] = {}
+    for term, keys in case.sums.items():
+        total = torch.stack([losses[key] for key in keys]).sum()
         found = torch.autograd.grad(total, flat, retain_graph=True, allow_unused=True)
-        full = [torch.zeros_like(t) if g is None else g for g, t in zip(found, flat, strict=True)]
-        for i, layer in enumerate(leaves):
-            grads[term, layer] = (full[2 * i], full[2 * i + 1])
+        full = iter([torch.zeros_like(t) if g is None else g for g, t in zip(found, flat, strict=True)])
+        for layer, own in leaves.items():
+            grads[term, layer] = tuple(next(full) for _ in own)
     return Expected({k: float(v.detach()) for k, v in losses.items()}, grads)
 
 
@@ -60,7 +62,9 @@ class Seen:
     """One case, what the candidate returned for it, and what the textbook says.
 
     ``twins``: the same of further calls of the experiment, by name · ``crossed``: gradients of each layer's losses
-    with respect to every layer · ``remarks``: facts of an experiment that are no loss.
+    with respect to every layer · ``remarks``: facts of an experiment that are no loss · ``trials``: calls that may
+    well raise · ``eps``: that of the precision that a loss may be computed in · ``mean``: that of N over the ranks,
+    where the call was made on one of several · ``facts``: what an experiment of another kind found.
     """
 
     bound: Bound
@@ -69,6 +73,10 @@ class Seen:
     twins: Mapping[str, Seen] = field(default_factory=dict)
     crossed: Mapping[str, Mapping[str, Grads]] = field(default_factory=dict)
     remarks: Mapping[str, str] = field(default_factory=dict)
+    trials: Mapping[str, Observation] = field(default_factory=dict)
+    eps: float = tolerance.EPS
+    mean: float | None = None
+    facts: Any = None
     _memo: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @property
@@ -79,7 +87,9 @@ class Seen:
     @cached_property
     def book(self) -> Textbook:
         """The textbook under the case's options."""
-        return textbook.under(self.case.options)
+        book = textbook.under(self.case.options.with_(weighted=False))  # an observation is without them
+        mean = self.mean
+        return book if mean is None else replace(book, over_ranks=lambda book, n: torch.full_like(n, mean))
 
     @cached_property
     def layers(self) -> Mapping[str, Layer]:
@@ -93,8 +103,8 @@ class Seen:
 
     @cached_property
     def nb(self) -> float:
-        """The contract's divisor: max(N, 1)."""
-        return float(max(self.case.total, 1))
+        """The contract's divisor: max(N, 1), N the mean over the ranks."""
+        return float(max(self.case.total if self.mean is None else self.mean, 1))
 
     # --- the matching ---
 
@@ -160,7 +170,7 @@ class Seen:
                 self._memo[at] = self._allowed_class(self.layers[layer])
             else:
                 of = tolerance.of_bbox if term == "bbox" else tolerance.of_giou
-                self._memo[at] = of(*self.matched(layer), self.nb)
+                self._memo[at] = of(*self.matched(layer), self.nb, self.eps)
         return float(self._memo[at])
 
     def agrees(self, term: str, layer: str) -> bool:
@@ -181,13 +191,13 @@ class Seen:
         if book.o.class_loss == "softmax":
             w = book.class_weight(torch.cat([book.softmax_class_target(*image) for image in images]))
             ce = self.want.losses[self.case.keys(layer.name)[0]]
-            return tolerance.of_softmax(layer.logits.flatten(0, 1), w, ce)
+            return tolerance.of_softmax(layer.logits.flatten(0, 1), w, ce, self.eps)
         kind = book.token_class_target if book.o.class_loss == "token" else book.focal_class_target
         mask = book.layer_mask(layer, self.case.outputs)
         inside = torch.stack([book.in_loss(x, None if mask is None else mask[b]) for b, x in enumerate(layer.logits)])
         y = torch.stack([kind(*image) for image in images])
         divisor = float(book.class_divisor(torch.tensor(self.nb), pairs))
-        return tolerance.of_focal(book, layer.logits[inside], y[inside], divisor)
+        return tolerance.of_focal(book, layer.logits[inside], y[inside], divisor, self.eps)
 
     def _allowed_cost(self, layer: str, image: int) -> Tensor:
         at = ("allowed cost", layer, image)
@@ -225,14 +235,15 @@ class Seen:
         else what fits best; and where a kink leaves none that fits, one that has gradient in the right rows."""
         terms = list(zip(self._unit_grads(layer, image), rows, strict=True))
         best = self.best[layer][image]
-        if all(_fits(best, want, row) for want, row in terms if row is not None):
+        fits = max(FITS, tolerance.OPS * self.eps)
+        if all(_fits(best, want, row, fits) for want, row in terms if row is not None):
             return best
         from_matcher = self.got.pairs.get(layer)
         known = [best] if from_matcher is None else [best, from_matcher[image]]
         other, trusted = self._from_gradients(layer, image, rows)
         if trusted:
             for pairs in (*known, other):
-                if all(_fits(pairs, *terms[t]) for t in trusted):
+                if all(_fits(pairs, *terms[t], fits) for t in trusted):
                     return pairs
         return next((pairs for pairs in reversed(known) if _supports(pairs, rows)), other)
 
@@ -270,7 +281,7 @@ class Seen:
                 some = (row.abs().sum(-1) > 0)[:, None].double()
                 misfits.append((want - row[:, None]).norm(dim=-1) - 10 * some)
                 own = _assigned(misfits[-1])
-                if _fits(own, want, row):
+                if _fits(own, want, row, max(FITS, tolerance.OPS * self.eps)):
                     trusted.append(term)
                 else:
                     misfits[-1] = 1e-3 * misfits[-1]
@@ -282,13 +293,13 @@ def _assigned(costs: Tensor) -> Pairs:
     return Pairs(torch.from_numpy(query), torch.from_numpy(target))
 
 
-def _fits(pairs: Pairs, want: Tensor, row: Tensor | None) -> bool:
+def _fits(pairs: Pairs, want: Tensor, row: Tensor | None, close: float) -> bool:
     """True where gradient rows [Q,4] point as a matching makes them point, ``want`` [Q,n,4] being each pair's way."""
     if row is None:
         return True
     expected = torch.zeros_like(row)
     expected[pairs.query] = want[pairs.query, pairs.target]
-    return float((expected - row).abs().max()) < FITS
+    return float((expected - row).abs().max()) < close
 
 
 def _directions(rows: Tensor | None) -> Tensor | None:

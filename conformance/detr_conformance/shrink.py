@@ -9,31 +9,32 @@ import torch
 from torch import Tensor
 
 from detr_conformance.budget import budget
-from detr_conformance.cases import ENC, FINAL, Case
+from detr_conformance.cases import DN, ENC, FINAL, Case
 
 ATTEMPTS = 60
+FEW = 20
 SECONDS = 2.0
 
 
-def smallest(case: Case, fails: Callable[[Case], bool], classes_vary: bool) -> Case:
+def smallest(case: Case, fails: Callable[[Case], bool], classes_vary: bool, attempts: int = ATTEMPTS) -> Case:
     """The simplest case found that ``fails`` still; ``fails`` must hold for ``case``.
 
-    One kind of simplification after the other, the boldest first, each as often as it succeeds. Stops after ATTEMPTS
-    calls, so that the result is the same on every machine; SECONDS bound a slow candidate.
+    One kind of simplification after the other, the boldest first, each as often as it succeeds. Stops after
+    ``attempts`` calls, so that the result is the same on every machine; SECONDS bound a slow candidate.
     """
-    spent, left = budget(SECONDS), ATTEMPTS
+    spent, left = budget(SECONDS), attempts
     progress = True
     while progress:
         progress = False
         for simpler in _fewer_layers, _fewer_images, _fewer_targets, _fewer_queries, _fewer_channels, _plainer_numbers:
-            attempts = simpler(case, classes_vary)
-            while (attempt := next(attempts, None)) is not None:
+            tries = simpler(case, classes_vary)
+            while (attempt := next(tries, None)) is not None:
                 if not left or spent():
                     return case
                 left -= 1
                 if fails(attempt):
                     case, progress = attempt, True
-                    attempts = simpler(case, classes_vary)
+                    tries = simpler(case, classes_vary)
     return case
 
 
@@ -100,8 +101,12 @@ def _without_target(case: Case, image: int, target: int) -> Case:
 
 
 def _with_queries(case: Case, layer: str, keep: list[int]) -> Case:
-    """The encoder has queries of its own; all other layers share theirs."""
-    return case.with_predictions(lambda name, _key, v: v[:, keep] if (name == ENC) == (layer == ENC) else v)
+    """The encoder has queries of its own; all other layers share theirs, and denoising queries stay."""
+
+    def kept(name: str, _key: str, v: Tensor) -> Tensor:
+        return v[:, keep] if (name == ENC) == (layer == ENC) and not name.startswith(DN) else v
+
+    return case.with_predictions(kept)
 
 
 def _fewer_classes(case: Case) -> Iterator[Case]:

@@ -16,10 +16,15 @@ CHAPTER_TITLES: Final = {
     "TOKEN": "text",
     "NORM": "normalisation",
     "LAYER": "auxiliary and encoder outputs",
+    "MASK": "masks",
+    "DN": "contrastive denoising",
     "KEY": "names, weights, total",
     "GRAD": "gradients",
     "NUM": "precision and extremes",
     "PURE": "side effects",
+    "DEVICE": "accelerators",
+    "DIST": "several ranks",
+    "LEARN": "learning",
 }
 SHORT: Final = {"detr": "D", "deformable-detr": "F", "dino": "O", "grounding-dino": "G"}
 
@@ -47,8 +52,14 @@ def _page() -> Iterator[str]:
         if own:
             yield f"## {chapter} — {title}"
             yield ""
-            for clause in sorted(own, key=lambda c: int(c.id.split("-")[1])):
+            for clause in sorted(own, key=_place):
                 yield from _clause(clause, [c for c in all_checks if c.clause is clause], all_faults)
+
+
+def _place(clause: Clause) -> tuple[bool, int]:
+    """By number; a clause that has a word instead comes last."""
+    word = clause.id.split("-")[1]
+    return not word.isdigit(), int(word) if word.isdigit() else 0
 
 
 def _options() -> Iterator[str]:

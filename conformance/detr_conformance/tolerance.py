@@ -2,7 +2,7 @@
 
 Nothing here is a global constant. A sum of n terms is known to n·eps of Σ|terms|; a box edge to a few eps of its
 coordinate, which a small box turns into a large relative error of its area; a cost to what the published forms of
-the same formula differ among themselves.
+the same formula differ among themselves. ``eps`` is that of the precision that a loss may be computed in.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ EPS: Final = float(torch.finfo(torch.float32).eps)
 OPS: Final = 16  # roundings behind one term: a handful of operations each way, doubled
 
 
-def of_bbox(pred: Tensor, wanted: Tensor, nb: float) -> float:
+def of_bbox(pred: Tensor, wanted: Tensor, nb: float, eps: float = EPS) -> float:
     """Allowed error of loss_bbox, from the matched boxes [M,4]."""
     differences, sizes = (pred - wanted).abs().sum(), (pred.abs() + wanted.abs()).sum()
-    return float(EPS * ((pred.numel() + OPS) * differences + OPS * sizes)) / nb
+    return float(eps * ((pred.numel() + OPS) * differences + OPS * sizes)) / nb
 
 
-def of_giou_pairs(pred: Tensor, wanted: Tensor) -> Tensor:
+def of_giou_pairs(pred: Tensor, wanted: Tensor, eps: float = EPS) -> Tensor:
     """Allowed error of the GIoU of each pair [M]: edges known to OPS/4·eps, propagated through I/U − (H − U)/H."""
     a, b = _corners(pred), _corners(wanted)
-    edge = OPS / 4 * EPS * torch.maximum(a.abs().amax(-1), b.abs().amax(-1)).clamp(min=1)
+    edge = OPS / 4 * eps * torch.maximum(a.abs().amax(-1), b.abs().amax(-1)).clamp(min=1)
     common = (torch.minimum(a, b)[..., 2:] - torch.maximum(a, b)[..., :2]).clamp(min=0)
     hull = torch.maximum(a, b)[..., 2:] - torch.minimum(a, b)[..., :2]
     sizes = [common, (a[..., 2:] - a[..., :2]).abs(), (b[..., 2:] - b[..., :2]).abs(), hull]
@@ -36,15 +36,15 @@ def of_giou_pairs(pred: Tensor, wanted: Tensor) -> Tensor:
     area_i, area_a, area_b, area_h = (s.prod(-1) for s in sizes)
     moved_u, area_u = moved_a + moved_b + moved_i, area_a + area_b - area_i
     ratio = (moved_i + moved_u * area_i / area_u) / area_u + (moved_u + moved_h * area_u / area_h) / area_h
-    return (ratio + OPS * EPS).nan_to_num(2.0).clamp(max=2.0)
+    return (ratio + OPS * eps).nan_to_num(2.0).clamp(max=2.0)
 
 
-def of_giou(pred: Tensor, wanted: Tensor, nb: float) -> float:
+def of_giou(pred: Tensor, wanted: Tensor, nb: float, eps: float = EPS) -> float:
     """Allowed error of loss_giou, from the matched boxes [M,4]."""
-    return float(of_giou_pairs(pred, wanted).sum() + EPS * 2 * len(pred) ** 2) / nb
+    return float(of_giou_pairs(pred, wanted, eps).sum() + eps * 2 * len(pred) ** 2) / nb
 
 
-def of_focal(book: Textbook, x: Tensor, y: Tensor, divisor: float) -> float:
+def of_focal(book: Textbook, x: Tensor, y: Tensor, divisor: float, eps: float = EPS) -> float:
     """Allowed error of a focal class loss, from the logits and targets that take part."""
     z = torch.where(y > 0, x, -x)
     alpha, gamma = book.alpha_weight(y), book.o.focal_gamma
@@ -52,15 +52,15 @@ def of_focal(book: Textbook, x: Tensor, y: Tensor, divisor: float) -> float:
     log = torch.nn.functional.softplus(-z)
     terms = alpha * left**gamma * log
     # 1 − p_t is a difference of numbers near 1, known to eps; so is p_t itself inside a plain log of a moderate logit
-    power = gamma * alpha * (left + EPS) ** (gamma - 1) * log if gamma else torch.zeros_like(z)
+    power = gamma * alpha * (left + eps) ** (gamma - 1) * log if gamma else torch.zeros_like(z)
     inside_log = torch.where(z.abs() < 6, alpha * left**gamma / z.sigmoid(), torch.zeros_like(z))
-    return float(EPS * ((x.numel() + OPS) * terms.sum() + OPS * (power + inside_log).sum())) / divisor
+    return float(eps * ((x.numel() + OPS) * terms.sum() + OPS * (power + inside_log).sum())) / divisor
 
 
-def of_softmax(x: Tensor, w: Tensor, loss: float) -> float:
+def of_softmax(x: Tensor, w: Tensor, loss: float, eps: float = EPS) -> float:
     """Allowed error of a weighted cross-entropy, from logits [M,C] and class weights [M]."""
     magnitude = x.abs().amax(-1) + x.shape[-1]
-    return float(EPS * OPS * (w * magnitude).sum() / w.sum()) + EPS * (len(x) + OPS) * abs(loss)
+    return float(eps * OPS * (w * magnitude).sum() / w.sum()) + eps * (len(x) + OPS) * abs(loss)
 
 
 def of_cost(book: Textbook, x: Tensor, boxes: Tensor, target: dict[str, Tensor]) -> Tensor:
@@ -104,3 +104,42 @@ def slack(allowed: Tensor, one: Pairs, other: Pairs) -> float:
 def _corners(boxes: Tensor) -> Tensor:
     centre, sides = boxes[..., :2], boxes[..., 2:]
     return torch.cat([centre - sides / 2, centre + sides / 2], -1)
+
+
+def of_mask_logits(masks: Tensor, eps: float = EPS) -> Tensor:
+    """Allowed error of resized mask logits, for each pair of [M,h,w]: a place among h rows, or w columns, is known to
+    some eps of their number, and the logits beside it differ by at most twice the largest."""
+    return OPS * eps * (1 + max(masks.shape[1:])) * masks.abs().flatten(1).amax(1)
+
+
+def of_mask(book: Textbook, x: Tensor, m: Tensor, moved: Tensor, nb: float, eps: float = EPS) -> float:
+    """Allowed error of loss_mask, from resized logits and targets [M,H,W]; ``moved`` [M]: that of the logits."""
+    pixels = max(x[0].numel(), 1) if len(x) else 1
+    fixed = book.under(book.o.with_(focal_alpha=0.25, focal_gamma=2.0))
+    steep = 2 * moved.sum() * pixels  # the focal term's slope is below 2
+    return of_focal(fixed, x, m, nb * pixels, eps) + float(steep) / (nb * pixels)
+
+
+def of_dice(x: Tensor, m: Tensor, moved: Tensor, nb: float, eps: float = EPS) -> float:
+    """Allowed error of loss_dice = Σ 1 − A/B, from resized logits and targets [M,H,W]; ``moved`` [M]: that of the
+    logits."""
+    p, m = x.sigmoid().flatten(1), m.flatten(1)
+    wrong = OPS * eps * p + p * (1 - p) * moved[:, None]
+    a, b, pixels = 2 * (p * m).sum(1) + 1, (p + m).sum(1) + 1, m.shape[1]
+    moved_a = 2 * (wrong * m).sum(1) + eps * (pixels + OPS) * a
+    moved_b = wrong.sum(1) + eps * (pixels + OPS) * b
+    return float((moved_a / b + a * moved_b / b**2).sum() + eps * (len(x) + OPS) * len(x)) / nb
+
+
+def of_mask_gradient(book: Textbook, masks: Tensor, m: Tensor, nb: float, eps: float = EPS) -> Tensor:
+    """Allowed error of the gradient of loss_mask + loss_dice at matched mask logits [M,h,w], from target masks [M,H,W].
+
+    Slope and curvature of a pixel's focal term are below 2, those of the dice loss below 2/B, B = Σm + 1 or more; the
+    pixels that a logit reaches add up.
+    """
+    size, given = m.shape[1:], masks.shape[1:]
+    rows, columns = (book.interpolation(new, old) for new, old in zip(size, given, strict=True))
+    steep = 2 / m[0].numel() + 2 / (m.flatten(1).sum(1) + 1)
+    rounded = of_mask_logits(masks, eps) + eps * (OPS * (1 + max(given)) + m[0].numel())
+    reach: Tensor = rows.sum(0)[:, None] * columns.sum(0)[None]
+    return (steep * rounded)[:, None, None] * reach / nb

@@ -95,10 +95,10 @@ def cross_entropy(log_probabilities: Tensor, classes: Tensor, eos_coef: float) -
 
 @torch.no_grad()
 def class_error(logits: Tensor, classes: Tensor) -> Tensor:
-    """100 − top-1 accuracy in percent of matched queries: logits [M, C], classes [M]. 100 where nothing is matched
-    (facebookresearch/detr util/misc.py:433-448)."""
-    hits = (logits.argmax(-1) == classes).sum()
-    return 100 - 100 * hits / max(len(classes), 1)
+    """100 − top-1 accuracy in percent of matched queries: logits [M, C], classes [M]. 0 where nothing is matched, since
+    nothing is wrong (facebookresearch/detr util/misc.py:433-448 gives 100 there)."""
+    misses = (logits.argmax(-1) != classes).sum()
+    return 100 * misses / max(len(classes), 1)
 
 
 @torch.no_grad()

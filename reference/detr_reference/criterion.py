@@ -16,9 +16,10 @@ from .denoising import read_denoising
 from .masks import mask_loss_sums, read_masks
 from .matching import HungarianMatcher, Ints, Layer, Pairs, Targets, eager, read_layer, read_targets
 from .options import Options, options_of
+from .tokens import build_caption, create_positive_map
 from .weights import loss_weights
 
-__all__ = ["HungarianMatcher", "SetCriterion", "build_criterion"]
+__all__ = ["HungarianMatcher", "SetCriterion", "build_caption", "build_criterion", "create_positive_map"]
 
 
 class SetCriterion(nn.Module):

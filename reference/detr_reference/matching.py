@@ -102,6 +102,7 @@ class HungarianMatcher(nn.Module):
             raise ValueError("set_cost_class, set_cost_bbox and set_cost_giou are all zero: nothing to match by")
 
     @eager
+    @torch.no_grad()
     def forward(
         self, outputs: Mapping[str, Any], targets: Sequence[Mapping[str, Tensor]]
     ) -> list[tuple[Tensor, Tensor]]:
@@ -241,12 +242,13 @@ def read_targets(targets: Sequence[Mapping[str, Tensor]], layer: Layer, options:
     on_host = boxes.cpu().numpy()
     refuse(~np.isfinite(on_host).all(1), "boxes", "is not finite")
     refuse((on_host[:, 2:] < 0).any(1), "boxes", "has a negative width or height")
+    channel = _joined(targets, "labels", (0,)).cpu().numpy().astype(np.int64)
     if by_token:
+        refuse(channel < 0, "labels", "is negative")
         tokens = _joined(targets, "token_labels", (0, layer.logits.shape[-1])).cpu().numpy() > 0
         refuse(~tokens.any(1), "token_labels", "marks no token")
         owner, channel = tokens.nonzero()
     else:
-        channel = _joined(targets, "labels", (0,)).cpu().numpy().astype(np.int64)
         refuse((channel < 0) | (channel >= options.num_classes), "labels", f"is not in 0..{options.num_classes - 1}")
         owner = np.arange(len(channel))
     return Targets(sizes, boxes, owner, channel)

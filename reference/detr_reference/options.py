@@ -55,7 +55,7 @@ class Options:
     weighted: bool = False
     two_stage: bool = True
     denoising: bool = False
-    losses: tuple[str, ...] = ("labels", "boxes")
+    losses: tuple[str, ...] = ("labels", "boxes", "cardinality")
 
     @property
     def cost_alpha(self) -> float:

@@ -16,10 +16,12 @@ from types import MethodType
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.nn import functional as F
 
+from detr_reference import prompts, refusals
 from detr_reference.options import Options
 
 Formula = Callable[..., Tensor]
@@ -95,6 +97,12 @@ def enclosing(book: Textbook, a: Tensor, b: Tensor) -> Tensor:
     return sides[..., 0] * sides[..., 1]
 
 
+def share(book: Textbook, part: Tensor, whole: Tensor) -> Tensor:
+    """BOX-2, 8. part / whole, the ε option added; 0/0, of boxes without area, is 0."""
+    whole = whole + book.o.giou_eps
+    return part / (whole + (whole == 0))
+
+
 def giou(book: Textbook, pred: Tensor, target: Tensor) -> Tensor:
     """BOX-2. I/U − (H − U)/H of cxcywh boxes, broadcast; the ε option is added to both denominators.
 
@@ -103,7 +111,7 @@ def giou(book: Textbook, pred: Tensor, target: Tensor) -> Tensor:
     a, b = book.corners(pred), book.corners(target)
     common = book.intersection(a, b)
     both, hull = book.union(a, b, common), book.enclosing(a, b)
-    return common / (both + book.o.giou_eps) - (hull - both) / (hull + book.o.giou_eps)
+    return book.share(common, both) - book.share(hull - both, hull)
 
 
 def l1(book: Textbook, pred: Tensor, target: Tensor) -> Tensor:
@@ -270,8 +278,17 @@ def class_divisor(book: Textbook, nb: Tensor, matches: Sequence[Pairs]) -> Tenso
 
 
 def num_boxes(book: Textbook, targets: Targets) -> Tensor:
-    """NORM-3, 5. nb = max(N, 1). facebookresearch/detr models/detr.py:227-231."""
-    return torch.tensor(max(sum(len(t["boxes"]) for t in targets), 1), dtype=torch.float64)
+    """NORM-3, 5, DIST-1. nb = max(mean of N over the ranks, 1). facebookresearch/detr models/detr.py:227-231."""
+    return book.over_ranks(torch.tensor(sum(len(t["boxes"]) for t in targets), dtype=torch.float64)).clamp(min=1)
+
+
+def over_ranks(book: Textbook, n: Tensor) -> Tensor:
+    """DIST-1. The mean of a number over the ranks of torch.distributed; the number itself in a single process."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return n
+    total = n.clone()
+    dist.all_reduce(total)
+    return total / dist.get_world_size()
 
 
 def matched_boxes(book: Textbook, layer: Layer, targets: Targets, matches: Sequence[Pairs]) -> tuple[Tensor, Tensor]:
@@ -305,14 +322,20 @@ def loss_giou(book: Textbook, pred: Tensor, wanted: Tensor, nb: Tensor) -> Tenso
 def layer_losses(
     book: Textbook, layer: Layer, targets: Targets, matches: Sequence[Pairs], nb: Tensor, mask: Tensor | None
 ) -> dict[str, Tensor]:
-    """KEY-1. The trained losses of one layer under their keys."""
-    pred, wanted = book.matched_boxes(layer, targets, matches)
-    return {
-        f"loss_ce{layer.suffix}": book.loss_ce(layer, targets, matches, nb, mask),
-        f"loss_bbox{layer.suffix}": book.loss_bbox(pred, wanted, nb),
-        f"loss_giou{layer.suffix}": book.loss_giou(pred, wanted, nb),
-        **book.mask_losses(layer, targets, matches, nb),
-    }
+    """KEY-1, 7. The trained losses of one layer under their keys."""
+    found: dict[str, Tensor] = {}
+    if book.selected("labels"):
+        found[f"loss_ce{layer.suffix}"] = book.loss_ce(layer, targets, matches, nb, mask)
+    if book.selected("boxes"):
+        pred, wanted = book.matched_boxes(layer, targets, matches)
+        found[f"loss_bbox{layer.suffix}"] = book.loss_bbox(pred, wanted, nb)
+        found[f"loss_giou{layer.suffix}"] = book.loss_giou(pred, wanted, nb)
+    return found | book.mask_losses(layer, targets, matches, nb)
+
+
+def selected(book: Textbook, name: str) -> bool:
+    """KEY-7. True where ``losses`` names this group: labels, boxes, masks, cardinality."""
+    return name in book.o.losses
 
 
 # --- masks (MASK) ---------------------------------------------------------------------------------------------------
@@ -496,9 +519,38 @@ def layer_num_boxes(book: Textbook, layer: Layer, nb: Tensor, matches: Sequence[
     return nb
 
 
-def logged(book: Textbook, every: Sequence[Layer], targets: Targets) -> dict[str, Tensor]:
-    """KEY-5. Quantities for logging, without gradient and without weight: none here."""
-    return {}
+def class_error(book: Textbook, layer: Layer, targets: Targets, matches: Sequence[Pairs]) -> Tensor:
+    """CLS-9. 100 − the percentage of matched queries whose highest logit is their class; 0 where nothing is matched.
+    facebookresearch/detr models/detr.py:124, util/misc.py:405."""
+    hits = [
+        x[m.query].argmax(-1) == t["labels"][m.target] for x, t, m in zip(layer.logits, targets, matches, strict=True)
+    ]
+    right = torch.cat(hits).double()
+    return 100 * (1 - right.sum() / len(right)) if len(right) else torch.zeros((), dtype=torch.float64)
+
+
+def cardinality_error(book: Textbook, layer: Layer, targets: Targets) -> Tensor:
+    """CLS-10. Mean over images of |number of queries taken for objects − n|: by softmax those whose highest logit is
+    not class K's (facebookresearch/detr models/detr.py:129-141), else those with a score above one half."""
+    if book.o.class_loss == "softmax":
+        objects = layer.logits.argmax(-1) != layer.logits.shape[-1] - 1
+    else:
+        objects = layer.logits.amax(-1) > 0
+    counts = torch.tensor([float(len(t["boxes"])) for t in targets], dtype=torch.float64)
+    return (objects.sum(-1) - counts).abs().mean()
+
+
+def logged(
+    book: Textbook, every: Sequence[Layer], targets: Targets, matches: Mapping[str, Sequence[Pairs]]
+) -> dict[str, Tensor]:
+    """KEY-5, LAYER-5. Quantities for logging, without gradient and without weight; class_error of the final layer."""
+    found: dict[str, Tensor] = {}
+    with torch.no_grad():
+        if book.selected("labels") and book.o.class_loss != "token":
+            found["class_error"] = book.class_error(every[0], targets, matches["final"])
+        if book.selected("cardinality"):
+            found |= {f"cardinality_error{x.suffix}": book.cardinality_error(x, targets) for x in every}
+    return found
 
 
 def losses(
@@ -510,7 +562,8 @@ def losses(
     """All losses of one call. A layer named in ``given`` takes that matching instead of its own."""
     found: dict[str, Tensor] = {}
     matches: dict[str, list[Pairs]] = {}
-    targets = [_in_float64(t) for t in targets]
+    book.refuse(outputs, targets)
+    targets = [book.taken(t) for t in targets]
     every = book.layers(outputs)
     nb = book.num_boxes(targets)
     for layer in every:
@@ -520,13 +573,34 @@ def losses(
         divisor = book.layer_num_boxes(layer, nb, pairs)
         found |= book.layer_losses(layer, own, pairs, divisor, book.layer_mask(layer, outputs))
     found |= book.denoising_losses(outputs, targets, nb)
-    return Result(found | book.logged(every, targets), matches)
+    return Result(book.scaled(found) | book.logged(every, targets, matches), matches)
+
+
+def scaled(book: Textbook, found: dict[str, Tensor]) -> dict[str, Tensor]:
+    """KEY-5. The losses as they are, or by option with their weights (lyuwenyu/RT-DETR rtdetr_criterion.py)."""
+    return {k: v * book.weights().get(k, 1.0) for k, v in found.items()} if book.o.weighted else found
+
+
+def in_mode(book: Textbook, training: bool) -> Textbook:
+    """PURE-4. The same formulas in training and in evaluation."""
+    return book
+
+
+def state(book: Textbook) -> dict[str, Tensor]:
+    """PURE-6. What the criterion keeps from call to call, as state_dict has it: nothing."""
+    return {}
+
+
+def copied(book: Textbook) -> Textbook:
+    """PURE-6. The book of a copy of the criterion."""
+    return book
 
 
 def weights(book: Textbook) -> dict[str, float]:
     """KEY-4. The weight of every trained loss; a suffix keeps its base's weight. facebookresearch/detr detr.py:334."""
     o = book.o
-    base = {"loss_ce": o.ce_loss_coef, "loss_bbox": o.bbox_loss_coef, "loss_giou": o.giou_loss_coef}
+    base = {"loss_ce": o.ce_loss_coef} if book.selected("labels") else {}
+    base |= {"loss_bbox": o.bbox_loss_coef, "loss_giou": o.giou_loss_coef} if book.selected("boxes") else {}
     suffixes = ["", *(f"{o.aux_suffix}{i}" for i in range(o.num_decoder_layers - 1))]
     if o.has_encoder:
         suffixes.append(o.encoder_suffix)
@@ -534,6 +608,16 @@ def weights(book: Textbook) -> dict[str, float]:
         suffixes += ["_dn", *(f"_dn_{i}" for i in range(o.num_decoder_layers - 1))]
     masks = {"loss_mask": o.mask_loss_coef, "loss_dice": o.dice_loss_coef} if "masks" in o.losses else {}
     return {key + suffix: weight for suffix in suffixes for key, weight in base.items()} | masks
+
+
+def brought(book: Textbook, x: Tensor) -> Tensor:
+    """DEVICE-1. An input where the book computes: on the CPU, in its own dtype."""
+    return x.cpu()
+
+
+def placed(book: Textbook, loss: Tensor, like: Tensor) -> Tensor:
+    """DEVICE-2. A loss on the device of the outputs."""
+    return loss.to(like.device)
 
 
 @dataclass(frozen=True, eq=False)
@@ -546,6 +630,7 @@ class Textbook:
     intersection: Formula = intersection
     union: Formula = union
     enclosing: Formula = enclosing
+    share: Formula = share
     giou: Formula = giou
     l1: Formula = l1
     softmax_cost: Formula = softmax_cost
@@ -570,6 +655,7 @@ class Textbook:
     focal_loss: Formula = focal_loss
     class_divisor: Formula = class_divisor
     num_boxes: Formula = num_boxes
+    over_ranks: Formula = over_ranks
     matched_boxes: Callable[..., tuple[Tensor, Tensor]] = matched_boxes
     loss_ce: Formula = loss_ce
     loss_bbox: Formula = loss_bbox
@@ -598,9 +684,30 @@ class Textbook:
     layer_match: Callable[..., list[Pairs]] = layer_match
     layer_mask: Callable[..., Tensor | None] = layer_mask
     layer_num_boxes: Formula = layer_num_boxes
+    selected: Callable[..., bool] = selected
+    class_error: Formula = class_error
+    cardinality_error: Formula = cardinality_error
     logged: Callable[..., dict[str, Tensor]] = logged
+    scaled: Callable[..., dict[str, Tensor]] = scaled
+    in_mode: Callable[..., Textbook] = in_mode
+    state: Callable[..., dict[str, Tensor]] = state
+    copied: Callable[..., Textbook] = copied
+    phrases: Callable[..., list[prompts.Span]] = prompts.phrases
+    class_spans: Callable[..., list[prompts.Span]] = prompts.class_spans
+    span_tokens: Callable[..., list[int]] = prompts.span_tokens
+    refuse_lost_classes: Callable[..., None] = prompts.refuse_lost_classes
+    positive_map: Formula = prompts.positive_map
+    refuse: Callable[..., None] = refusals.refuse
+    refuse_weights: Callable[..., None] = refusals.refuse_weights
+    refuse_missing: Callable[..., None] = refusals.refuse_missing
+    refuse_lengths: Callable[..., None] = refusals.refuse_lengths
+    refuse_labels: Callable[..., None] = refusals.refuse_labels
+    refuse_boxes: Callable[..., None] = refusals.refuse_boxes
+    taken: Callable[..., dict[str, Tensor]] = refusals.taken
     losses: Callable[..., Result] = losses
     indices: Callable[..., list[tuple[Tensor, Tensor]]] = indices
+    brought: Formula = brought
+    placed: Formula = placed
     weights: Callable[..., dict[str, float]] = weights
 
     def __post_init__(self) -> None:
@@ -619,10 +726,6 @@ class Textbook:
     ) -> Result:
         """All losses and matchings of one call; ``given`` fixes the matching of the layers it names."""
         return self.losses(outputs, targets, given or {})
-
-
-def _in_float64(target: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {k: v.double() if v.is_floating_point() else v for k, v in target.items()}
 
 
 def _float64(value: float) -> Tensor:

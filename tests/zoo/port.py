@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
+from .ranks import mean_over_ranks
+
 Pairs = list[tuple[Tensor, Tensor]]
 
 
@@ -198,7 +200,7 @@ class Port(nn.Module):
 
     # -- the call ----------------------------------------------------------------------------------------------------
     def number(self, outputs: dict, targets: list[dict]) -> float:
-        return max(float(sum(len(t["labels"]) for t in targets)), 1.0)
+        return max(mean_over_ranks(sum(len(t["labels"]) for t in targets)), 1.0)
 
     def up(self, layer: dict) -> dict:
         """The layer with half precision widened."""

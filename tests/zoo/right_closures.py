@@ -6,6 +6,8 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch.nn.functional import logsigmoid, softplus
 
+from .ranks import mean_over_ranks
+
 
 def _xyxy(boxes):
     return torch.cat([boxes[..., :2] - 0.5 * boxes[..., 2:], boxes[..., :2] + 0.5 * boxes[..., 2:]], -1)
@@ -69,7 +71,7 @@ def build_detr(num_classes=91, num_decoder_layers=6, eos_coef=0.1):
         return ce, l1 / boxes_in_all, giou / boxes_in_all
 
     def criterion(outputs, targets):
-        boxes_in_all = max(1, sum(t["boxes"].shape[0] for t in targets))
+        boxes_in_all = max(1, mean_over_ranks(sum(t["boxes"].shape[0] for t in targets)))
         every = {"": outputs} | {f"_{i}": a for i, a in enumerate(outputs.get("aux_outputs", []))}
         return {
             f"loss_{name}{tail}": value
@@ -116,7 +118,7 @@ def build_deformable(num_classes=91, num_decoder_layers=6, focal_alpha=0.25):
         return ce / divisor, l1 / divisor, giou / divisor
 
     def criterion(outputs, targets):
-        divisor = max(1, sum(map(len, (t["labels"] for t in targets))))
+        divisor = max(1, mean_over_ranks(sum(map(len, (t["labels"] for t in targets)))))
         found = {}
 
         def note(layer, tail, wanted):
@@ -163,7 +165,7 @@ def build_grounding(num_classes=91, num_decoder_layers=6, focal_alpha=0.25):
         return {"loss_ce": ce / divisor, "loss_bbox": l1 / divisor, "loss_giou": giou / divisor}
 
     def criterion(outputs, targets):
-        divisor = max(1.0, sum(float(len(t["boxes"])) for t in targets))
+        divisor = max(1.0, mean_over_ranks(sum(len(t["boxes"]) for t in targets)))
         mask = outputs.get("text_mask")
         every = [("", outputs)]
         every += [(f"_{i}", layer) for i, layer in enumerate(outputs.get("aux_outputs") or [])]

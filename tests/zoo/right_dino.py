@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch import nn
 
+from .ranks import mean_over_ranks
+
 
 def _corners(b):
     return torch.cat((b[..., :2] - b[..., 2:] / 2, b[..., :2] + b[..., 2:] / 2), -1)
@@ -70,7 +72,7 @@ class DinoCriterion(nn.Module):
         return {k + suffix: v for k, v in parts.items()}
 
     def forward(self, outputs, targets):
-        nb = max(float(sum(len(t["labels"]) for t in targets)), 1.0)
+        nb = max(mean_over_ranks(sum(len(t["labels"]) for t in targets)), 1.0)
         layers = [("", outputs)]
         layers += [(f"_{i}", layer) for i, layer in enumerate(outputs.get("aux_outputs", []))]
         if "interm_outputs" in outputs:

@@ -8,6 +8,8 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch.nn.functional import softplus
 
+from .ranks import mean_over_ranks
+
 
 def _focal(x, y, alpha, gamma):
     """FL through exp(γ·log(1 − p_t)), which stays finite everywhere."""
@@ -114,7 +116,7 @@ class _Double:
         return x[..., :0].sum()
 
     def __call__(self, outputs, targets):
-        nb = max(math.fsum(len(t["boxes"]) for t in targets), 1.0)
+        nb = max(mean_over_ranks(math.fsum(len(t["boxes"]) for t in targets)), 1.0)
         mask = outputs.get("text_mask")
         result = self._layer(outputs, targets, nb, mask)
         for i, aux in enumerate(outputs.get("aux_outputs", ())):

@@ -8,6 +8,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 
+from .ranks import mean_over_ranks
+
 
 def _hull_and_overlap(p, t):
     """On centre and size: an overlap is bounded by both half sizes and by either whole size."""
@@ -75,7 +77,7 @@ class SetCriterion(nn.Module):
         return losses
 
     def forward(self, outputs, targets):
-        divisor = max(sum(t["labels"].numel() for t in targets), 1)
+        divisor = max(mean_over_ranks(sum(t["labels"].numel() for t in targets)), 1)
         losses = self._layer(outputs, targets, divisor)
         for number, layer in enumerate(outputs.get("aux_outputs") or ()):
             losses |= {f"{name}_{number}": loss for name, loss in self._layer(layer, targets, divisor).items()}

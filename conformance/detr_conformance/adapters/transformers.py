@@ -11,6 +11,7 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from detr_conformance.candidate import Candidate
@@ -121,6 +122,15 @@ def _grounding_dino(
     return Translated(criterion, matcher, _weights("grounding-dino", num_decoder_layers, True))
 
 
+def _label_maps(tokenized: Mapping[str, Tensor], max_text_len: int = 256) -> Tensor:
+    """The label map of one prompt; its logits are only asked for their width."""
+    from transformers.models.grounding_dino.modeling_grounding_dino import build_label_maps
+
+    build: Any = build_label_maps
+    found: Tensor = build(torch.zeros(1, 1, max_text_len), tokenized["input_ids"])[0]
+    return found
+
+
 detr = Candidate(_detr, "detr", name="transformers-detr", own_weights=False)
 # the model returns encoder outputs, and its loss has no part for them
 deformable_detr = Candidate(
@@ -130,4 +140,10 @@ deformable_detr = Candidate(
     name="transformers-deformable-detr",
     own_weights=False,
 )
-grounding_dino = Candidate(_grounding_dino, "grounding-dino", name="transformers-grounding-dino", own_weights=False)
+grounding_dino = Candidate(
+    _grounding_dino,
+    "grounding-dino",
+    name="transformers-grounding-dino",
+    own_weights=False,
+    positive_map=_label_maps,
+)

@@ -13,11 +13,21 @@ CHAPTERS: Final = (
     "keys",
     "normalisation",
     "classification",
+    "logged",
     "tokens",
+    "captions",
     "layers",
+    "masks",
+    "denoising",
     "gradients",
     "numbers",
+    "precision",
+    "callers",
+    "refusals",
     "purity",
+    "devices",
+    "ranks",
+    "learning",
 )
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from detr_conformance import tolerance
 from detr_conformance.contract.compare import agree, holds, number
 from detr_conformance.experiments import FARTHER, PAIRS, SWAPPED
+from detr_conformance.pixels import PIXELS, SIZE, coco_iou, corners_in_pixels
 from detr_conformance.registry import EVERY, Comparison, check, clause, fault
 from detr_conformance.seen import Seen
 from detr_reference.textbook import Textbook, textbook
@@ -276,3 +277,67 @@ def boxes_clipped_to_the_image(book: Textbook) -> Textbook:
         return value.clamp(0, 1)
 
     return replace(book, corners=corners)
+
+
+BOX_9 = clause(
+    "BOX-9",
+    "must",
+    EVERY,
+    "On boxes with whole pixels as corners the IoU part of the GIoU equals pycocotools' box IoU.",
+    ["cocodataset/cocoapi PythonAPI/pycocotools/mask.py, iou"],
+)
+
+
+@check(BOX_9, on=PIXELS, component="GIoU", takes_raising=True, after=[loss_giou_is_one_minus_giou_of_the_pair])
+def the_iou_is_that_of_pycocotools(seen: Seen) -> Iterator[Comparison]:
+    a, b = map(corners_in_pixels, _pair(seen))
+    if a is None or b is None or _loss(seen) is None:
+        return
+    iou, eps = coco_iou(a, b), seen.case.options.giou_eps
+    sides = torch.stack([a[2:] - a[:2], b[2:] - b[:2], torch.maximum(a, b)[2:] - torch.minimum(a, b)[:2]])
+    area_a, area_b, hull = (sides.prod(-1) / SIZE[:2].prod()).tolist()
+    union = (area_a + area_b) / (1 + iou)  # I = IoU·U and U = |a| + |b| − I
+    want = 1 - (iou * union / (union + eps) - (hull - union) / (hull + eps))
+    # twice what rounding allows: these numbers are of the whole pixels, not of the float32 boxes nearest to them
+    how = f"1 − IoU + (H − U)/H with pycocotools' IoU {number(iou)}"
+    yield agree("loss_giou", want, _loss(seen), 2 * seen.allowed("giou", "final"), how)
+
+
+@fault(
+    the_iou_is_that_of_pycocotools,
+    seen_in="facebookresearch/maskrcnn-benchmark boxlist_iou, TO_REMOVE = 1",
+    fix="sides are x2 − x1 and y2 − y1",
+)
+def sides_with_inclusive_corners(book: Textbook) -> Textbook:
+    """Both corners count as pixels: every side is x2 − x1 + 1, in whatever unit."""
+    return replace(book, area=lambda book, c: (c[..., 2] - c[..., 0] + 1) * (c[..., 3] - c[..., 1] + 1))
+
+
+@fault(the_iou_is_that_of_pycocotools, fix="sides are x2 − x1 and y2 − y1")
+def areas_a_pixel_too_large(book: Textbook) -> Textbook:
+    """Both corners count as pixels in the areas of the boxes: every side is a pixel of a 64×48 image longer."""
+    return replace(book, area=lambda book, c: (c[..., 2] - c[..., 0] + 1 / 64) * (c[..., 3] - c[..., 1] + 1 / 48))
+
+
+@fault(
+    the_iou_is_that_of_pycocotools,
+    seen_in="pycocotools' own IoU of a crowd region",
+    fix="divide by the union (iscrowd is 0)",
+)
+def intersection_over_the_prediction(book: Textbook) -> Textbook:
+    """The intersection is divided by the prediction's area, as COCO does for crowds, instead of the union."""
+
+    def giou(book: Textbook, pred: Tensor, target: Tensor) -> Tensor:
+        a, b = book.corners(pred), book.corners(target)
+        common = book.intersection(a, b)
+        both, hull = book.union(a, b, common), book.enclosing(a, b)
+        value: Tensor = common / book.area(a) - (hull - both) / hull
+        return value
+
+    return replace(book, giou=giou)
+
+
+@fault(the_iou_is_that_of_pycocotools, fix="divide by the union")
+def intersection_over_the_smaller_box(book: Textbook) -> Textbook:
+    """The union is taken to be the smaller of the two areas."""
+    return replace(book, union=lambda book, a, b, common: torch.minimum(book.area(a), book.area(b)))

@@ -36,13 +36,23 @@ def boxes_get_the_textbook_gradient(seen: Seen) -> Iterator[Comparison]:
             stray = got[_unmatched(seen, layer)]
             worst = float(stray.abs().max()) if len(stray) else 0.0
             yield holds(worst == 0, f"{name} of unmatched queries", "exactly 0", f"up to {worst:.3g}")
-            sides = seen.layers[layer].boxes[..., 2:].amin(-1, keepdim=True).clamp(min=1e-3)
-            allowed = (OPS * EPS * (1 + 8 / sides) * want.abs().amax(-1, keepdim=True) + 1e-12).expand_as(want)
+            allowed = allowed_at_boxes(seen, layer, want)
             everywhere = agree_rows(f"{name}, matched queries", want, got, allowed)
             if not everywhere.ok:
                 rows = _smooth(seen, layer)
                 everywhere = agree_rows(f"{name}, matched queries", want[rows], got[rows], allowed[rows])
             yield everywhere
+
+
+def allowed_at_boxes(seen: Seen, layer: str, want: Tensor) -> Tensor:
+    """The allowed error of a layer's box gradient [B,Q,4]: the smaller the box, the larger."""
+    sides = seen.layers[layer].boxes[..., 2:].amin(-1, keepdim=True).clamp(min=1e-3)
+    return (OPS * EPS * (1 + 8 / sides) * want.abs().amax(-1, keepdim=True) + 1e-12).expand_as(want)
+
+
+def allowed_at_logits(want: Tensor) -> Tensor:
+    """The allowed error of a class-logit gradient [B,Q,C]."""
+    return OPS * EPS * (4 * want.abs() + want.abs().max())
 
 
 def _unmatched(seen: Seen, layer: str) -> Tensor:
@@ -91,8 +101,7 @@ def logits_get_the_textbook_gradient(seen: Seen) -> Iterator[Comparison]:
         if got is None:
             yield holds(False, name, "a tensor", "none")
             continue
-        allowed = OPS * EPS * (4 * want.abs() + want.abs().max())
-        yield agree_rows(name, want, got, allowed)
+        yield agree_rows(name, want, got, allowed_at_logits(want))
 
 
 @fault(logits_get_the_textbook_gradient, fix="compute the class loss on the logits themselves")
@@ -128,7 +137,7 @@ def logged_quantities_carry_no_gradient(seen: Seen) -> Iterator[Comparison]:
 def logged_box_error_with_gradient(book: Textbook) -> Textbook:
     """A logged box error keeps its graph."""
 
-    def logged(book: Textbook, every, targets):  # type: ignore[no-untyped-def]
+    def logged(book: Textbook, every, targets, matches):  # type: ignore[no-untyped-def]
         return {"box_error": every[0].boxes.abs().mean()}
 
     return replace(book, logged=logged)

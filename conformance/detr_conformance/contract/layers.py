@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 from detr_conformance.contract.compare import agree, holds, unless_tied
 from detr_conformance.contract.costs import the_cost_is_the_weighted_sum_of_the_three
 from detr_conformance.contract.matching import optimal, the_assignment_is_optimal
 from detr_conformance.contract.normalisation import value
 from detr_conformance.experiments import BATCH, LAYERS
+from detr_conformance.masked import MASKED, MASKS
 from detr_conformance.registry import EVERY, FOCAL, TEXT, Comparison, check, clause, fault
 from detr_conformance.seen import Seen
-from detr_reference.textbook import TERMS, Textbook
+from detr_reference.textbook import TERMS, Layer, Textbook
 
 
 def _returned(seen: Seen, layer: str) -> Iterator[Comparison]:
@@ -180,3 +182,54 @@ def encoder_queries_in_their_order(book: Textbook) -> Textbook:
         return [replace(m, query=m.query.argsort().argsort()) for m in found]
 
     return replace(book, layer_match=layer_match)
+
+
+LAYER_5 = clause(
+    "LAYER-5",
+    "must",
+    EVERY,
+    "Mask losses and class_error are for the final layer only.",
+    ["facebookresearch/detr models/detr.py:238-253"],
+)
+
+
+def _final_only(seen: Seen, *names: str) -> Iterator[Comparison]:
+    """None of those quantities is returned with the suffix of another layer."""
+    for layer in seen.case.layers[1:]:
+        for name in names:
+            key = f"{name}{seen.case.suffix(layer)}"
+            stray = key in seen.got.keys
+            yield holds(not stray, f"{key} of {layer}", f"none: {name} is the final layer's", "returned")
+
+
+@check(LAYER_5, on=BATCH, component="auxiliary layers")
+def class_error_is_for_the_final_layer(seen: Seen) -> Iterator[Comparison]:
+    yield from _final_only(seen, "class_error")
+
+
+@check(LAYER_5, on=MASKS, component="masks", profiles=MASKED)
+def mask_losses_are_for_the_final_layer(seen: Seen) -> Iterator[Comparison]:
+    yield from _final_only(seen, "loss_mask", "loss_dice", "class_error")
+
+
+@fault(class_error_is_for_the_final_layer, fix="log it for the final layer only")
+def class_error_of_every_layer(book: Textbook) -> Textbook:
+    """class_error is logged for auxiliary and encoder outputs too."""
+
+    def logged(inner: Textbook, every: list[Layer], targets: Any, matches: Any) -> Any:
+        found = book.under(inner.o).logged(every, targets, matches)
+        wrong = found.get("class_error", every[0].logits.new_tensor(100.0))
+        return found | {f"class_error{layer.suffix}": wrong for layer in every}
+
+    return replace(book, logged=logged)
+
+
+@fault(mask_losses_are_for_the_final_layer, fix="skip 'masks' for auxiliary outputs")
+def mask_losses_of_auxiliary_layers(book: Textbook) -> Textbook:
+    """Auxiliary layers get the mask losses of the final layer's masks under suffixes of their own."""
+
+    def layers(inner: Textbook, outputs: Any) -> list[Layer]:
+        found: list[Layer] = book.under(inner.o).layers(outputs)
+        return [replace(layer, masks=found[0].masks) if layer.name.startswith("aux") else layer for layer in found]
+
+    return replace(book, layers=layers)

@@ -23,7 +23,8 @@ def screen(report: Report) -> Iterator[list[Part]]:
 def header(report: Report) -> Iterator[list[Part]]:
     """Who is judged, and how."""
     v = report.versions
-    suite = f"detr-conformance {v['detr-conformance']} · torch {v['torch']} cpu float32 · seed {report.seed}"
+    where = "cpu" if report.device in ("cpu", "none") else f"cpu and {report.device}"
+    suite = f"detr-conformance {v['detr-conformance']} · torch {v['torch']} {where} float32 · seed {report.seed}"
     yield [(suite, "quiet")]
     options = "".join(f" · {k}={value!r}" for k, value in report.options.items())
     yield [("candidate  ", "quiet"), (report.candidate, "bold")]
@@ -78,6 +79,9 @@ def last(report: Report) -> Iterator[list[Part]]:
     yield [(f"{report.profile}, {report.level}: ", ""), word, (counts, "")]
     if not judged:
         return
+    for f in report.findings:
+        if f.verdict == "pass" and f.message:
+            yield [("for information  ", "quiet"), (f"{f.clause}: {f.message}", "quiet")]
     reasons: dict[str, list[str]] = {}
     for f in report.findings:
         if f.verdict == "declined" and f.message and f.clause not in reasons.get(f.message, []):

@@ -1,0 +1,74 @@
+"""What the checks of an experiment find over its cases."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Final
+
+from detr_conformance.candidate import Bound
+from detr_conformance.cases import Case
+from detr_conformance.experiments import Experiment
+from detr_conformance.registry import Check, Comparison, checks
+from detr_conformance.seen import UNDECIDED, Seen
+
+RAISES: Final = "the call"
+TELLING: Final = 6  # failing cases on which known faults are compared with the candidate
+
+
+@dataclass
+class Tally:
+    """What one check found: how often it decided, its smallest failing case, some failing cases, and its notes."""
+
+    check: Check
+    decided: int = 0
+    failing: tuple[Case, Comparison] | None = None
+    cases: list[Case] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Tallies:
+    """Those of all checks of one experiment by name. ``raised``: what the candidate raised, if it did on every case."""
+
+    by_check: Mapping[str, Tally]
+    raised: str = ""
+
+    @property
+    def failing(self) -> frozenset[str]:
+        """Names of the failing checks."""
+        return frozenset(name for name, tally in self.by_check.items() if tally.failing is not None)
+
+
+def tallied(bound: Bound, experiment: Experiment, cases: Iterable[Case]) -> Tallies:
+    """Observe every case once, and let every check of the profile judge it."""
+    tallies = {c.name: Tally(c) for c in checks(bound.profile) if c.on is experiment}
+    raised, returned = "", False
+    for case in cases:
+        seen = experiment.observe(bound, case)
+        raised, returned = seen.raised or raised, returned or not seen.raised
+        for tally in tallies.values():
+            tally.notes += [seen.remarks[UNDECIDED]] if UNDECIDED in seen.remarks else []
+            for comparison in judged(tally.check, seen):
+                tally.decided += 1
+                if comparison.note:
+                    tally.notes.append(comparison.note)
+                if comparison.ok:
+                    continue
+                if len(tally.cases) < TELLING and case not in tally.cases:
+                    tally.cases.append(case)
+                if tally.failing is None or _size(case) < _size(tally.failing[0]):
+                    tally.failing = (case, comparison)
+    return Tallies(tallies, "" if returned else raised)
+
+
+def judged(check: Check, seen: Seen) -> Iterator[Comparison]:
+    """What a check says of one observation; a candidate that raised is judged by the check that answers for that."""
+    if not seen.raised:
+        yield from check.judge(seen)
+    elif check.takes_raising:
+        yield Comparison(False, RAISES, "a dict of losses", seen.raised)
+
+
+def _size(case: Case) -> int:
+    return sum(v.numel() for n in case.layers for v in case.predictions(n).values()) + 4 * case.total
