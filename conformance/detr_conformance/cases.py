@@ -89,6 +89,11 @@ class Case:
         return (FINAL, *aux, *((ENC,) if self.has_encoder else ()))
 
     @property
+    def plain(self) -> bool:
+        """True where nothing but float32 logits and boxes are trained: no masks, no denoising, no other precision."""
+        return self.outputs["pred_logits"].dtype == torch.float32 and not self.has_masks and not self.denoising
+
+    @property
     def has_encoder(self) -> bool:
         """True where the case has encoder outputs."""
         return bool(self.options.encoder_key) and self.options.encoder_key in self.outputs

@@ -129,7 +129,7 @@ def _observe(
         try:
             if criterion is None:
                 criterion = bound.build(case.options)
-            if device.type != "cpu" and isinstance(criterion, torch.nn.Module):
+            if device.type != "cpu" and callable(getattr(criterion, "to", None)):
                 criterion.to(device)
             before = _snapshot((outputs, targets)) if inputs else {}
             with around():

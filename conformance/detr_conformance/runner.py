@@ -149,7 +149,7 @@ class Judge:
         raises, the one that answers for that kind of case."""
         every = checks(self.bound.profile)
         yield from (c for c in every if c.name in check.after)
-        if comparison.what != RAISES:
+        if comparison.what != RAISES or not case.plain:
             return
         home = self._home(case)
         if home is not check.on:

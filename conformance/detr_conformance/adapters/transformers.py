@@ -40,6 +40,11 @@ class Translated:
             losses |= {f"{key}_enc": value for key, value in encoder.items()}
         return losses
 
+    def to(self, device: torch.device) -> Translated:
+        """As of a torch module."""
+        self.criterion.to(device)
+        return self
+
     def matcher(self, outputs: Mapping[str, Any], targets: Targets) -> Any:
         """The matching of one layer."""
         return self._matcher({**_layer(outputs), **_text(outputs, targets)}, _labels(targets))
