@@ -92,12 +92,89 @@ def spec(
         path.write_text(page, "utf-8")
         typer.echo(f"wrote {path}")
         return
-    there = path.read_text("utf-8") if path.is_file() else ""
-    if there != page:
-        for line in list(
-            difflib.unified_diff(there.splitlines(), page.splitlines(), str(path), "as it should be", n=1)
-        )[:40]:
-            typer.echo(line)
-        typer.echo(f"{path} is not up to date: run detr-conformance spec")
+    if not _up_to_date(path, page, "detr-conformance spec"):
         raise typer.Exit(1)
-    typer.echo(f"{path} is up to date")
+
+
+def _up_to_date(path: Path, page: str, command: str) -> bool:
+    """Whether a page is as it should be; says so, or what differs."""
+    there = path.read_text("utf-8") if path.is_file() else ""
+    if there == page:
+        typer.echo(f"{path} is up to date")
+        return True
+    differences = difflib.unified_diff(there.splitlines(), page.splitlines(), str(path), "as it should be", n=1)
+    for line in list(differences)[:40]:
+        typer.echo(line)
+    typer.echo(f"{path} is not up to date: run {command}")
+    return False
+
+
+@app.command()
+def corpus(
+    names: Annotated[list[str] | None, typer.Argument(help="experiments, as duels; all without")] = None,
+    check: Annotated[
+        bool,
+        typer.Option("--check", help="judge the known faults on the stored cases; exit status 1 for a wrong claim"),
+    ] = False,
+    search: Annotated[bool, typer.Option("--search", help="choose cases anew; minutes")] = False,
+    write: Annotated[bool, typer.Option("--write", help="write the page")] = False,
+    seed: Annotated[int, typer.Option(help="of the search")] = 0,
+    file: Annotated[Path | None, typer.Option(help="the stored cases; without: the package's own")] = None,
+    path: Annotated[Path, typer.Option(help="the page")] = Path("docs/CORPUS.md"),
+) -> None:
+    """Print which stored cases kill which faults, and what random cases miss: detr-conformance corpus [--check]"""
+    from detr_conformance import corpus as stored_cases
+    from detr_conformance import corpus_page, stored
+    from detr_conformance.errors import ConformanceError
+
+    chosen, there = names or [], file or stored.own_file()
+    try:
+        found = stored.read(there.read_text("utf-8"))
+        stored_cases.experiments_named(chosen)
+    except (OSError, ConformanceError) as error:
+        raise typer.BadParameter(str(error)) from None
+    if search:
+        found = stored_cases.search(found, chosen, seed, tell=typer.echo)
+        there.write_text(stored.written(found), "utf-8")
+        typer.echo(f"wrote {there}")
+    if search or write:
+        path.write_text(corpus_page.page(found), "utf-8")
+        typer.echo(f"wrote {path}")
+    if check:
+        wrong = stored_cases.problems(found, chosen)
+        for line in wrong:
+            typer.echo(line)
+        if not _up_to_date(path, corpus_page.page(found), "detr-conformance corpus --write") or wrong:
+            raise typer.Exit(1)
+        typer.echo(
+            f"every stored case kills what it claims, and together they kill all {corpus_page.told(found, chosen)}"
+        )
+    if not (search or write or check):
+        typer.echo(corpus_page.table(found, chosen))
+
+
+@app.command()
+def prove(
+    deep: Annotated[bool, typer.Option("--deep", help="also what only effort deep judges: training, minutes")] = False,
+    json_path: Annotated[Path | None, typer.Option("--json", help="write the whole kill matrix to this file")] = None,
+    processes: Annotated[int, typer.Option(help="how many at a time; 0: one a processor")] = 0,
+) -> None:
+    """Show that every check can fail, on a fault that names it: detr-conformance prove --json kills.json"""
+    import json
+
+    from rich.progress import Progress
+
+    from detr_conformance import prove as proving
+
+    with Progress(transient=True) as progress:
+        bar = progress.add_task("proving", total=len(proving.tasks(deep)[0]))
+        for outcome in proving.prove(deep, processes or None):  # noqa: B007  the last one is the proof
+            progress.advance(bar)
+    assert isinstance(outcome, proving.Proof)
+    for line in proving.summary(outcome):
+        typer.echo(line)
+    if json_path is not None:
+        json_path.write_text(json.dumps(outcome.to_dict(), indent=1) + "\n", "utf-8")
+        typer.echo(f"wrote {json_path}")
+    if outcome.problems:
+        raise typer.Exit(1)

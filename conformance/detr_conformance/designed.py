@@ -42,6 +42,9 @@ _OTHER_COEFS: Final = (
 )
 
 
+DUELS: Final = ("class", "bbox", "giou", "all", "other weights", "other loss weights", "other focal")
+
+
 def duel_case(seed: int, kind: str, options: Options, varies: frozenset[str]) -> Case:
     """Three images, each with two queries and one or two targets, and two assignments that cost nearly the same.
 

@@ -16,9 +16,11 @@ from torch import Tensor
 
 from detr_conformance.candidate import Bound
 from detr_conformance.cases import Case, Recipe, build
+from detr_conformance.designed import DUELS as KINDS
 from detr_conformance.designed import contested_case, duel_case, pair_case
 from detr_conformance.observation import gradients_by_layer, observe
 from detr_conformance.seen import Seen
+from detr_conformance.stored import Duel, Inputs, Pair, corpus
 from detr_reference.options import Options
 
 if TYPE_CHECKING:
@@ -68,6 +70,25 @@ def _from_recipes(recipes: Sequence[Recipe]) -> Callable[[Bound], Iterator[Case]
     return fixed
 
 
+def made(inputs: Inputs, bound: Bound) -> Case:
+    """The case of stored or drawn inputs for a candidate."""
+    if isinstance(inputs, Recipe):
+        return build(_fitting(inputs, bound), bound.options, bound.varies)
+    if isinstance(inputs, Duel):
+        return duel_case(inputs.seed, inputs.kind, bound.options, bound.varies)
+    return pair_case(inputs.pred, inputs.wanted, _one_class(bound), f"pair of boxes, {inputs.kind}")
+
+
+def _stored(name: str) -> Callable[[Bound], Iterator[Case]]:
+    """The cases of the corpus that kill something in the candidate's profile."""
+
+    def fixed(bound: Bound) -> Iterator[Case]:
+        for one in corpus().of(name, bound.profile):
+            yield made(one.inputs, bound)
+
+    return fixed
+
+
 def _fitting(recipe: Recipe, bound: Bound) -> Recipe:
     """The recipe with as many layers as a candidate takes that cannot be told their number."""
     if "num_decoder_layers" not in bound.varies:
@@ -75,16 +96,37 @@ def _fitting(recipe: Recipe, bound: Bound) -> Recipe:
     return recipe
 
 
+@dataclass(frozen=True)
+class Drawing:
+    """The cases of drawn inputs. ``inputs``: their strategy."""
+
+    inputs: Callable[[], SearchStrategy[Inputs]]
+
+    def __call__(self, bound: Bound) -> SearchStrategy[Case]:
+        return self.inputs().map(lambda inputs: made(inputs, bound))
+
+
 def _recipes(name: str) -> Drawn:
     """The cases of a strategy of recipes, by its name in ``strategies``."""
 
-    def drawn(bound: Bound) -> SearchStrategy[Case]:
+    def drawn() -> SearchStrategy[Inputs]:
         from detr_conformance import strategies
 
-        recipes: SearchStrategy[Recipe] = getattr(strategies, name)()
-        return recipes.map(lambda recipe: build(_fitting(recipe, bound), bound.options, bound.varies))
+        found: SearchStrategy[Inputs] = getattr(strategies, name)()
+        return found
 
-    return drawn
+    return Drawing(drawn)
+
+
+def _inputs(make: Callable[[int], Inputs]) -> Drawn:
+    """The cases of inputs that are made from a seed alone."""
+
+    def drawn() -> SearchStrategy[Inputs]:
+        from hypothesis import strategies as st
+
+        return st.integers(0, 2**31 - 1).map(make)
+
+    return Drawing(drawn)
 
 
 def _seeds(make: Callable[[Bound, int], Case]) -> Drawn:
@@ -98,30 +140,10 @@ def _seeds(make: Callable[[Bound, int], Case]) -> Drawn:
     return drawn
 
 
-_COEFS = (("ce_loss_coef", 3.0), ("bbox_loss_coef", 4.0), ("giou_loss_coef", 1.5))
-
-
 BATCH = Experiment(
     "batch",
     "ordinary batches",
-    _from_recipes(
-        [
-            Recipe(11, (1,), 1, classes=1),
-            Recipe(12, (1,), 3, classes=3, logits="grid", boxes="grid"),
-            Recipe(13, (2,), 4, classes=5, encoder_queries=6),
-            Recipe(14, (3,), 5, classes=4, edits=("contested",)),
-            Recipe(15, (1, 2), 4, classes=3, aux=1, encoder_queries=4),
-            Recipe(16, (2, 1, 3), 6, classes=5, aux=2, encoder_queries=8, tokens=11),
-            Recipe(17, (2, 2), 7, classes=2, aux=1, logits="grid", boxes="grid", options=_COEFS),
-            Recipe(18, (3, 1), 4, classes=4, aux=5, encoder_queries=3, edits=("end classes",), options=_COEFS),
-            Recipe(19, (2, 3, 1), 8, classes=4, boxes="overhang", tokens=10, edits=("masked -inf",)),
-            Recipe(20, (6,), 12, classes=6, encoder_queries=10, tokens=16),
-            Recipe(21, (3, 3), 5, classes=3, aux=1, edits=("contested", "end classes")),
-            Recipe(22, (1, 1, 1), 2, classes=4, aux=1, encoder_queries=2, tokens=11, edits=("end classes",)),
-            Recipe(23, (3,), 30, classes=8, tokens=20),
-            Recipe(24, (4, 2), 6, classes=3, edits=("contested",), options=_COEFS),
-        ]
-    ),
+    _stored("batch"),
     _recipes("ordinary"),
     _call,
     weight=2.0,
@@ -130,22 +152,7 @@ BATCH = Experiment(
 EDGES = Experiment(
     "edges",
     "no targets, more targets than queries, copies",
-    _from_recipes(
-        [
-            Recipe(31, (0,), 1, classes=2),
-            Recipe(32, (0, 0), 3, classes=3, aux=1, encoder_queries=4),
-            Recipe(33, (0, 2), 4, classes=3, aux=1, encoder_queries=3),
-            Recipe(34, (2, 0, 1), 3, classes=4, aux=1, tokens=11),
-            Recipe(35, (3,), 1, classes=2, aux=1, encoder_queries=2),
-            Recipe(36, (4, 1), 2, classes=3, aux=1, encoder_queries=5),
-            Recipe(37, (5, 3), 2, classes=3, boxes="grid"),
-            Recipe(38, (2,), 4, edits=("copied target",)),
-            Recipe(39, (3, 2), 3, aux=1, edits=("copied target", "copied query")),
-            Recipe(40, (2, 1), 4, edits=("copied query",)),
-            Recipe(41, (2, 1), 3, edits=("exact boxes",)),
-            Recipe(42, (3, 0, 6), 4, classes=3, encoder_queries=2, tokens=11, edits=("masked -inf",)),
-        ]
-    ),
+    _stored("edges"),
     _recipes("odd"),
     _call,
     share=0.5,
@@ -154,19 +161,7 @@ EDGES = Experiment(
 EXTREMES = Experiment(
     "extremes",
     "logits up to ±110, sides down to 1e-3",
-    _from_recipes(
-        [
-            Recipe(51, (1,), 2, classes=2, logits="extreme"),
-            Recipe(52, (2,), 3, classes=3, logits="extreme", boxes="tiny"),
-            Recipe(53, (2, 1), 5, classes=4, aux=1, encoder_queries=4, logits="extreme"),
-            Recipe(54, (2, 2), 4, classes=3, logits="confident"),
-            Recipe(55, (1, 3), 4, classes=5, aux=1, logits="confident", boxes="tiny"),
-            Recipe(56, (3,), 6, classes=3, boxes="tiny", encoder_queries=3),
-            Recipe(57, (2,), 8, classes=6, logits="confident", tokens=14),
-            Recipe(58, (0,), 3, classes=3, logits="extreme"),
-            Recipe(59, (1, 2), 4, classes=3, logits="extreme", edits=("masked -inf",)),
-        ]
-    ),
+    _stored("extremes"),
     _recipes("extreme"),
     _call,
     share=0.5,
@@ -174,20 +169,11 @@ EXTREMES = Experiment(
 
 
 def _configured(bound: Bound) -> Iterator[Case]:
-    """The same batches under other class-loss options, as far as the candidate lets them vary."""
-    trials: list[tuple[tuple[str, float], ...]]
-    if bound.options.class_loss == "softmax":
-        trials = [(("eos_coef", v),) for v in (0.1, 0.4, 1.0, 0.02)]
-    else:
-        trials = [
-            (("focal_alpha", a), ("focal_gamma", g))
-            for a, g in ((0.25, 2.0), (0.6, 2.0), (0.25, 1.0), (0.25, 3.0), (0.1, 1.5), (0.75, 0.0))
-        ]
-    for i, options in enumerate(trials):
-        if i and not {name for name, _ in options} & bound.varies:
-            continue
-        for seed, counts in ((61 + i, (2, 1)), (81 + i, (3,))):
-            yield build(Recipe(seed, counts, 5, classes=4, tokens=9, options=options), bound.options, bound.varies)
+    """The stored cases whose options the candidate lets vary; the first one in any case."""
+    trained = {"eos_coef"} if bound.options.class_loss == "softmax" else {"focal_alpha", "focal_gamma"}
+    for i, case in enumerate(_stored("configured")(bound)):
+        if i == 0 or trained & bound.varies:
+            yield case
 
 
 CONFIGURED = Experiment(
@@ -197,37 +183,9 @@ CONFIGURED = Experiment(
 
 # --- pairs of boxes ---
 
-_NEAR = ((0.5, 0.5, 0.25, 0.25), (0.375, 0.5, 0.5, 0.125), (0.5, 0.625, 0.125, 0.375))
-_PAIRS: tuple[tuple[str, Sequence[float], Sequence[float]], ...] = (
-    ("overlapping", (0.25, 0.5, 0.25, 0.375), (0.375, 0.625, 0.5, 0.25)),
-    ("overlapping", (0.5, 0.5, 0.5, 0.5), (0.625, 0.5, 0.25, 0.75)),
-    ("same size", (0.375, 0.375, 0.25, 0.25), (0.5, 0.5, 0.25, 0.25)),
-    ("same size", (0.375, 0.5, 0.25, 0.5), (0.5, 0.5625, 0.25, 0.5)),
-    ("same size", (0.25, 0.25, 0.125, 0.25), (0.75, 0.75, 0.125, 0.25)),
-    ("apart", (0.25, 0.25, 0.25, 0.25), (0.75, 0.75, 0.125, 0.375)),
-    ("apart", (0.125, 0.5, 0.125, 0.25), (0.875, 0.375, 0.125, 0.5)),
-    ("apart", (0.25, 0.75, 0.125, 0.125), (0.625, 0.25, 0.375, 0.125)),
-    ("nested", (0.5, 0.5, 0.25, 0.5), (0.5, 0.5, 0.5, 0.75)),
-    ("nested", (0.5, 0.5, 0.5, 0.75), (0.4375, 0.5625, 0.25, 0.25)),
-    ("aligned", (0.25, 0.5, 0.25, 0.5), (0.5, 0.5, 0.25, 0.5)),
-    ("touching", (0.25, 0.25, 0.25, 0.25), (0.5, 0.375, 0.25, 0.25)),
-    ("crossing", (0.5, 0.5, 0.75, 0.125), (0.5, 0.5, 0.125, 0.75)),
-    ("identical", (0.5, 0.5, 0.25, 0.375), (0.5, 0.5, 0.25, 0.375)),
-    ("identical", (0.3, 0.7, 0.05, 0.02), (0.3, 0.7, 0.05, 0.02)),
-    ("identical", (0.61, 0.37, 0.001, 0.001), (0.61, 0.37, 0.001, 0.001)),
-    ("tiny", (0.5, 0.5, 0.004, 0.002), (0.501, 0.5, 0.003, 0.003)),
-    ("outside", (0.0625, 0.5, 0.375, 0.25), (0.125, 0.5, 0.5, 0.25)),
-    ("outside", (0.9375, 0.9375, 0.5, 0.25), (0.8125, 0.875, 0.25, 0.5)),
-    ("outside", (0.5, 0.5, 1.5, 0.5), (0.5, 0.4375, 1.25, 1.25)),
-)
 
-
-def _pair_cases(bound: Bound) -> Iterator[Case]:
-    for kind, pred, wanted in _PAIRS:
-        yield pair_case(pred, wanted, _one_class(bound), f"pair of boxes, {kind}")
-
-
-def _drawn_pair(bound: Bound, seed: int) -> Case:
+def _drawn_pair(seed: int) -> Pair:
+    """A pair of boxes with sides between .05 and .4, to three digits."""
     rng = np.random.default_rng(seed)
     pred = np.concatenate([rng.uniform(0.2, 0.8, 2), rng.uniform(0.05, 0.4, 2)])
     wanted = np.concatenate([rng.uniform(0.2, 0.8, 2), rng.uniform(0.05, 0.4, 2)])
@@ -236,7 +194,7 @@ def _drawn_pair(bound: Bound, seed: int) -> Case:
         wanted = pred * np.exp(rng.normal(0, 0.2, 4))
     if kind == "same size":
         wanted[2:] = pred[2:]
-    return pair_case(pred, wanted, _one_class(bound), f"pair of boxes, {kind}, seed {seed}")
+    return Pair(kind, tuple(pred.round(3).tolist()), tuple(wanted.round(3).tolist()))
 
 
 def _one_class(bound: Bound) -> Options:
@@ -265,23 +223,15 @@ def _moved(bound: Bound, case: Case) -> Seen:
     return replace(_call(bound, case), twins=twins)
 
 
-PAIRS = Experiment("pairs", "one pair of boxes", _pair_cases, _seeds(_drawn_pair), _moved, share=0.15, weight=0.7)
+PAIRS = Experiment("pairs", "one pair of boxes", _stored("pairs"), _inputs(_drawn_pair), _moved, share=0.15, weight=0.7)
 
 
 # --- duels ---
 
-DUELS_EACH = 8
-KINDS = ("class", "bbox", "giou", "all", "other weights", "other loss weights", "other focal")
 
-
-def _duels(bound: Bound) -> Iterator[Case]:
-    for kind in KINDS:
-        for seed in range(DUELS_EACH):
-            yield duel_case(seed, kind, bound.options, bound.varies)
-
-
-def _drawn_duel(bound: Bound, seed: int) -> Case:
-    return duel_case(seed, KINDS[seed % len(KINDS)], bound.options, bound.varies)
+def _drawn_duel(seed: int) -> Duel:
+    """A duel of the kind that the seed falls on."""
+    return Duel(KINDS[seed % len(KINDS)], seed)
 
 
 DEFAULT_WEIGHTS = "under the default loss weights"
@@ -311,7 +261,13 @@ CERTAIN = Experiment("certain", "assignments that every cost agrees on", _certai
 
 
 DUELS = Experiment(
-    "duels", "two queries that cost nearly the same", _duels, _seeds(_drawn_duel), _duel, share=0.25, weight=0.9
+    "duels",
+    "two queries that cost nearly the same",
+    _stored("duels"),
+    _inputs(_drawn_duel),
+    _duel,
+    share=0.25,
+    weight=0.9,
 )
 
 
@@ -382,36 +338,24 @@ def _padded(bound: Bound, case: Case) -> Seen:
     return replace(_call(bound, case), twins={PADDED: _value(bound, padded), OTHER_LOGITS: _value(bound, other)})
 
 
-_CLEAR = [
-    Recipe(101, (1, 2, 3), 5, classes=3, aux=1, encoder_queries=5, tokens=11),
-    Recipe(102, (2, 0, 1), 4, classes=5, aux=2, encoder_queries=3, tokens=11),
-    Recipe(103, (3, 1), 6, classes=2, aux=1, encoder_queries=4),
-    Recipe(104, (2, 2, 1), 5, classes=6, aux=1, encoder_queries=6, tokens=14, edits=("end classes",)),
-    Recipe(105, (3,), 4, classes=3, aux=2),
-    Recipe(106, (1, 3, 1), 3, classes=4, aux=1, encoder_queries=4, tokens=11, edits=("masked -inf",)),
-]
 PERMUTED = Experiment(
     "permuted",
     "queries, targets and images in another order",
-    _from_recipes(_CLEAR),
+    _stored("permuted"),
     _recipes("unequal"),
     _permuted,
     share=0.15,
 )
-ALONE = Experiment(
-    "alone", "images alone against the batch", _from_recipes(_CLEAR), _recipes("unequal"), _alone, share=0.15
-)
+ALONE = Experiment("alone", "images alone against the batch", _stored("alone"), _recipes("unequal"), _alone, share=0.15)
 LAYERS = Experiment(
     "layers",
     "a layer alone against the same layer as auxiliary",
-    _from_recipes(_CLEAR),
+    _stored("layers"),
     _recipes("unequal"),
     _relayered,
     share=0.15,
 )
-PROMPTS = Experiment(
-    "prompts", "text padded and masked", _from_recipes(_CLEAR), _recipes("unequal"), _padded, share=0.15
-)
+PROMPTS = Experiment("prompts", "text padded and masked", _stored("prompts"), _recipes("unequal"), _padded, share=0.15)
 
 AGAIN, EMPTIED, NEW, OTHER_SEED = "again", "without targets", "with a new criterion", "under another random state"
 
@@ -459,7 +403,7 @@ def _random_states() -> dict[str, bytes]:
 REPEATED = Experiment(
     "repeated",
     "the same call again",
-    _from_recipes([*_CLEAR[:4], Recipe(107, (2, 2), 4, aux=1, edits=("copied query", "copied target"))]),
+    _stored("repeated"),
     _recipes("unequal"),
     _again,
     share=0.1,

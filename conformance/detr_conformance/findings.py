@@ -49,13 +49,15 @@ class Evidence:
 class Diagnosis:
     """The known faults that fit the numbers: id and sentence of each, and on how many inputs they agree.
 
-    ``advice``: where the first of them was seen, and its usual fix.
+    ``advice``: where the first of them was seen, and the usual fix · ``together``: True where it takes all of them in
+    one criterion; else each by itself fits, and nothing tells them apart.
     """
 
     faults: tuple[tuple[str, str], ...]
     agree: int
     tried: int
     advice: str = ""
+    together: bool = False
 
 
 @dataclass(frozen=True)

@@ -33,8 +33,9 @@ def failure(
     lines += _field("want", evidence.want + (f"   {evidence.how}" if evidence.how else ""))
     lines += _field("got", evidence.got + (f"   ({evidence.allowed})" if evidence.allowed else ""))
     if diagnosis:
-        known = " or ".join(f'{id} "{sentence.rstrip(".")}"' for id, sentence in diagnosis.faults)
-        lines += _field("looks like", f"{known} ({diagnosis.agree} of {diagnosis.tried} inputs)")
+        word, together = (" and ", " together") if diagnosis.together else (" or ", "")
+        known = word.join(f'{id} "{sentence.rstrip(".")}"' for id, sentence in diagnosis.faults)
+        lines += _field("looks like", f"{known}{together} ({diagnosis.agree} of {diagnosis.tried} inputs)")
         lines += _field("", diagnosis.advice) if diagnosis.advice else []
     if option:
         named = ", ".join(f"{name}={value!r}" for name, value in option.items())

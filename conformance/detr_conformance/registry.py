@@ -7,7 +7,8 @@ it and the faults that break it. Importing the chapters fills the registry; noth
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Literal, TypeVar
 
@@ -44,7 +45,8 @@ class Comparison:
     """One number that the candidate returned beside the one that the contract asks for.
 
     ``ok`` is the verdict; ``what`` names the quantity; ``how`` says in words where ``want`` comes from;
-    ``note`` is worth reading also where all is well.
+    ``note`` is worth reading also where all is well; ``beyond``: how many times the allowed error a number is off,
+    ∞ for what is no number.
     """
 
     ok: bool
@@ -54,6 +56,7 @@ class Comparison:
     allowed: str = ""
     how: str = ""
     note: str = ""
+    beyond: float = math.inf
 
 
 Judge = Callable[["Seen"], Iterator[Comparison]]
@@ -85,7 +88,8 @@ class Fault:
     """The textbook with one formula replaced: a known way of going wrong.
 
     ``id`` is never reused; ``sentence`` says what is computed instead; ``check`` must catch it; ``seen_in`` names a
-    project and file or issue, or is "plausible"; ``fix`` is one line.
+    project and file or issue, or is "plausible"; ``fix`` is one line; ``survives``: why the check cannot catch it, by
+    profile.
     """
 
     id: str
@@ -95,6 +99,7 @@ class Fault:
     apply: Callable[[Textbook], Textbook]
     seen_in: str
     fix: str
+    survives: Mapping[str, str]
 
 
 _clauses: dict[str, Clause] = {}
@@ -133,7 +138,12 @@ def check(
 
 
 def fault(
-    check: Check, *, seen_in: str = "plausible", fix: str = "", profiles: frozenset[str] | None = None
+    check: Check,
+    *,
+    seen_in: str = "plausible",
+    fix: str = "",
+    profiles: frozenset[str] | None = None,
+    survives: Mapping[str, str] | None = None,
 ) -> Callable[[Callable[[Textbook], Textbook]], Fault]:
     """Declare the decorated function as a fault that ``check`` must catch. Its name is the id, its docstring the
     sentence."""
@@ -144,7 +154,7 @@ def fault(
         if not sentence:
             raise ValueError(f"fault {id!r} has no sentence")
         bound = check.profiles if profiles is None else profiles & check.profiles
-        return _add(_faults, id, Fault(id, sentence, check, bound, apply, seen_in, fix))
+        return _add(_faults, id, Fault(id, sentence, check, bound, apply, seen_in, fix, dict(survives or {})))
 
     return declare
 

@@ -14,25 +14,33 @@ from detr_conformance.seen import UNDECIDED, Seen
 
 RAISES: Final = "the call"
 TELLING: Final = 6  # failing cases on which known faults are compared with the candidate
+KEPT: Final = 64  # observations of an experiment on which they are compared besides
 
 
 @dataclass
 class Tally:
-    """What one check found: how often it decided, its smallest failing case, some failing cases, and its notes."""
+    """What one check found: how often it decided, its smallest failing case, some observations that fail, its notes."""
 
     check: Check
     decided: int = 0
     failing: tuple[Case, Comparison] | None = None
-    cases: list[Case] = field(default_factory=list)
+    seen: list[Seen] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def cases(self) -> list[Case]:
+        """Some failing cases."""
+        return [s.case for s in self.seen]
 
 
 @dataclass(frozen=True)
 class Tallies:
-    """Those of all checks of one experiment by name. ``raised``: what the candidate raised, if it did on every case."""
+    """Those of all checks of one experiment by name. ``raised``: what the candidate raised, if it did on every case;
+    ``seen``: its first observations."""
 
     by_check: Mapping[str, Tally]
     raised: str = ""
+    seen: tuple[Seen, ...] = ()
 
     @property
     def failing(self) -> frozenset[str]:
@@ -44,8 +52,10 @@ def tallied(bound: Bound, experiment: Experiment, cases: Iterable[Case]) -> Tall
     """Observe every case once, and let every check of the profile judge it."""
     tallies = {c.name: Tally(c) for c in checks(bound.profile) if c.on is experiment}
     raised, returned = "", False
+    kept: list[Seen] = []
     for case in cases:
         seen = experiment.observe(bound, case)
+        kept += [seen] if len(kept) < KEPT else []
         raised, returned = seen.raised or raised, returned or not seen.raised
         for tally in tallies.values():
             tally.notes += [seen.remarks[UNDECIDED]] if UNDECIDED in seen.remarks else []
@@ -55,11 +65,11 @@ def tallied(bound: Bound, experiment: Experiment, cases: Iterable[Case]) -> Tall
                     tally.notes.append(comparison.note)
                 if comparison.ok:
                     continue
-                if len(tally.cases) < TELLING and case not in tally.cases:
-                    tally.cases.append(case)
+                if len(tally.seen) < TELLING and seen not in tally.seen:
+                    tally.seen.append(seen)
                 if tally.failing is None or _size(case) < _size(tally.failing[0]):
                     tally.failing = (case, comparison)
-    return Tallies(tallies, "" if returned else raised)
+    return Tallies(tallies, "" if returned else raised, tuple(kept))
 
 
 def judged(check: Check, seen: Seen) -> Iterator[Comparison]:

@@ -586,6 +586,11 @@ def in_mode(book: Textbook, training: bool) -> Textbook:
     return book
 
 
+def compiled(book: Textbook) -> Textbook:
+    """PURE-5. The same formulas inside a function that the caller compiles."""
+    return book
+
+
 def state(book: Textbook) -> dict[str, Tensor]:
     """PURE-6. What the criterion keeps from call to call, as state_dict has it: nothing."""
     return {}
@@ -690,6 +695,7 @@ class Textbook:
     logged: Callable[..., dict[str, Tensor]] = logged
     scaled: Callable[..., dict[str, Tensor]] = scaled
     in_mode: Callable[..., Textbook] = in_mode
+    compiled: Callable[..., Textbook] = compiled
     state: Callable[..., dict[str, Tensor]] = state
     copied: Callable[..., Textbook] = copied
     phrases: Callable[..., list[prompts.Span]] = prompts.phrases

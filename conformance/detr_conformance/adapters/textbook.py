@@ -36,7 +36,16 @@ class BookCriterion:
 
     def __call__(self, outputs: Mapping[str, Any], targets: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """All losses, in the dtype of the outputs and on their device."""
-        like, book = outputs["pred_logits"], self.book.in_mode(self.training)
+        if torch.compiler.is_compiling():  # tracing a book takes seconds, and shows nothing
+            apart: Any = torch.compiler.disable(self._losses)  # type: ignore[no-untyped-call]
+            found: dict[str, Tensor] = apart(self.book.compiled(), outputs, targets)
+            return found
+        return self._losses(self.book, outputs, targets)
+
+    def _losses(
+        self, book: Textbook, outputs: Mapping[str, Any], targets: Sequence[Mapping[str, Tensor]]
+    ) -> dict[str, Tensor]:
+        like, book = outputs["pred_logits"], book.in_mode(self.training)
         if like.device.type == "cpu":
             return {key: _narrowed(value, like.dtype) for key, value in book(outputs, targets).losses.items()}
         losses = book(*_brought(book, (outputs, targets))).losses

@@ -25,7 +25,9 @@ def agree(what: str, want: float, got: float | None, allowed: float, how: str = 
     if ok:
         return Comparison(True, what, "", "")  # nobody will read it
     share = f"off {100 * (got - want) / abs(want):+.3g} %, " if want and math.isfinite(got) else ""
-    return Comparison(False, what, number(want), number(got), f"{share}allowed ±{allowed:.1e}", how)
+    beyond = abs(got - want) / allowed if allowed and math.isfinite(got) else math.inf
+    said = f"{share}allowed ±{allowed:.1e}"
+    return Comparison(False, what, number(want), number(got), said, how, beyond=beyond)
 
 
 def holds(ok: bool, what: str, want: str, got: str, how: str = "") -> Comparison:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from detr_conformance.attempts import (
+    AFTERWARDS,
     BARE,
     CHOICES,
     CHOSEN,
@@ -110,6 +111,54 @@ def lengths_go_unchecked(book: Textbook) -> Textbook:
         ]
         whole = (batch, queries) == (len(targets), outputs["pred_logits"].shape[1])
         return book.under(inner.o).losses(outputs if whole else cut, own, given)
+
+    return replace(book, losses=losses)
+
+
+BAD_3 = clause("BAD-3", "should", EVERY, "Target boxes with negative width or height, or non-finite ones, are refused.")
+
+
+@check(BAD_3, on=REFUSED, component="refusals")
+def impossible_boxes_are_refused(seen: Seen) -> Iterator[Comparison]:
+    yield from _all_refused(seen, "BAD-3")
+
+
+@fault(impossible_boxes_are_refused, fix="check the target boxes, which costs microseconds")
+def impossible_boxes_are_repaired(book: Textbook) -> Textbook:
+    """Negative sides and non-finite numbers of target boxes are silently taken as 0."""
+
+    def refuse_boxes(inner: Textbook, targets: Targets) -> None:
+        return None
+
+    def taken(inner: Textbook, target: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = book.under(inner.o).taken(target)
+        boxes = found["boxes"].nan_to_num(0.0, 0.0, 0.0)
+        return found | {"boxes": torch.cat([boxes[:, :2], boxes[:, 2:].clamp(min=0)], -1)}
+
+    return replace(book, refuse_boxes=refuse_boxes, taken=taken)
+
+
+BAD_4 = clause("BAD-4", "should", EVERY, "A missing key is refused by its name, and the next call is as any other.")
+
+
+@check(BAD_4, on=REFUSED, component="refusals")
+def missing_keys_are_refused(seen: Seen) -> Iterator[Comparison]:
+    yield from _all_refused(seen, "BAD-4")
+    after = seen.trials[AFTERWARDS]
+    same = after.raised or ("the same losses" if after.losses == seen.got.losses else "other losses")
+    yield holds(same == "the same losses", AFTERWARDS, "the same losses", same)
+
+
+@fault(missing_keys_are_refused, fix="name the key that is missing")
+def targets_without_boxes_are_empty(book: Textbook) -> Textbook:
+    """An image whose target lacks labels or boxes is taken as one without objects."""
+
+    def losses(inner: Textbook, outputs: Mapping[str, Any], targets: Targets, given: Any) -> Any:
+        empty = {"labels": torch.zeros(0, dtype=torch.int64), "boxes": torch.zeros(0, 4)}
+        if inner.o.class_loss == "token" and "pred_logits" in outputs:
+            empty["token_labels"] = torch.zeros(0, outputs["pred_logits"].shape[-1])
+        own = [t if set(empty) <= set(t) else empty for t in targets]
+        return book.under(inner.o).losses(outputs, own, given)
 
     return replace(book, losses=losses)
 
