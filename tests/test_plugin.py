@@ -203,17 +203,21 @@ def test_the_screen_of_a_right_criterion(run):
         candidate  detr_reference.criterion
         profile    detr (the default of its own argument 'profile') · level must · effort quick
 
-          matching          right         9 of 9 checks
+          matching          right         10 of 10 checks
           matching costs    right         6 of 6 checks
           class loss        right         6 of 6 checks
           L1                right         5 of 5 checks
-          GIoU              right         9 of 9 checks
-          auxiliary layers  right         4 of 4 checks
+          GIoU              right         10 of 10 checks
+          auxiliary layers  right         5 of 5 checks
           weights and keys  right         6 of 6 checks
-          gradients         right         5 of 5 checks
-          side effects      right         3 of 3 checks
+          masks             right         6 of 6 checks
+          gradients         right         6 of 6 checks
+          side effects      right         4 of 4 checks
+          devices           not judged    0 of 2 checks · declined DEVICE-1, DEVICE-2
+          ranks             right         3 of 3 checks
 
-        detr, must: CONFORMANT  47 of 47 clauses met"""
+        detr, must: CONFORMANT  57 of 57 clauses met · 2 declined
+        not judged  DEVICE-1, DEVICE-2: no accelerator was asked for: --conformance-device=auto takes what is there"""
     assert screen == textwrap.dedent(want)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from detr_conformance import judge
+from detr_conformance.registry import checks, clauses, faults
 from detr_conformance.report import terminal
 
 README = (Path(__file__).parent.parent / "README.md").read_text("utf-8")
@@ -41,3 +42,10 @@ def test_the_failure_is_the_printed_one(report):
 def test_the_screen_is_the_printed_one(report):
     lines = [*terminal.components(report.findings), [], next(iter(terminal.last(report)))]
     assert ["".join(text for text, _ in line) for line in lines] == block("screen")
+
+
+def test_the_numbers_of_the_proof_are_those_of_the_declarations():
+    shown = re.search(r"<!-- prove -->(.*?)<!-- end -->", README, re.S).group(1)
+    pairs = sum(len(f.profiles) for f in faults() if f.check.on.since != "deep")
+    assert f"{len(clauses())} clauses, {len(checks())} checks, {len(faults())} faults" in shown
+    assert f"{pairs} of {pairs} faults × profiles caught" in shown

@@ -9,8 +9,9 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, Literal, TypeVar
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar
 
 from detr_conformance.findings import COMPONENTS
 
@@ -157,6 +158,35 @@ def fault(
         return _add(_faults, id, Fault(id, sentence, check, bound, apply, seen_in, fix, dict(survives or {})))
 
     return declare
+
+
+def known(
+    check: Check,
+    id: str,
+    sentence: str,
+    *,
+    fix: str,
+    seen_in: str = "plausible",
+    profiles: frozenset[str] | None = None,
+    around: Mapping[str, Callable[..., Any]] | None = None,
+    **formulas: Callable[..., Any],
+) -> Fault:
+    """Declare a fault that replaces formulas by others, in one line.
+
+    ``formulas``: by name, called as ``formula(book, …)`` · ``around``: by name, called as ``formula(before, book, …)``
+    with the formula as it was, so that two such faults can be in one book.
+    """
+
+    def apply(book: Textbook) -> Textbook:
+        wrapped = {name: _around(getattr(book, name).__func__, change) for name, change in (around or {}).items()}
+        return replace(book, **formulas, **wrapped)
+
+    bound = check.profiles if profiles is None else profiles & check.profiles
+    return _add(_faults, id, Fault(id, sentence, check, bound, apply, seen_in, fix))
+
+
+def _around(formula: Callable[..., Any], change: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda book, *args: change(partial(formula, book), book, *args)
 
 
 def clauses() -> tuple[Clause, ...]:

@@ -40,7 +40,7 @@ def header(report: Report) -> Iterator[list[Part]]:
 def components(findings: Sequence[Finding]) -> Iterator[list[Part]]:
     """A line a component: its verdict, and the clauses that are broken, blocked or declined."""
     for component in COMPONENTS:
-        own = [f for f in findings if f.component == component and f.check != "smoke"]
+        own = [f for f in _binding(findings) if f.component == component and f.check != "smoke"]
         if not own:
             continue
         broken = _clauses(own, "fail", "error")
@@ -65,10 +65,11 @@ def components(findings: Sequence[Finding]) -> Iterator[list[Part]]:
 
 def last(report: Report) -> Iterator[list[Part]]:
     """The verdict and its counts."""
-    judged = {f.clause for f in report.findings if f.check != "smoke" and f.verdict != "declined"}
-    broken = {f.clause for f in report.findings if f.verdict in ("fail", "error") and f.check != "smoke"}
-    blocked = {f.clause for f in report.findings if f.verdict == "blocked"} - broken
-    declined = {f.clause for f in report.findings if f.verdict == "declined"} - judged
+    binding = _binding(report.findings)
+    judged = {f.clause for f in binding if f.check != "smoke" and f.verdict != "declined"}
+    broken = {f.clause for f in binding if f.verdict in ("fail", "error") and f.check != "smoke"}
+    blocked = {f.clause for f in binding if f.verdict == "blocked"} - broken
+    declined = {f.clause for f in binding if f.verdict == "declined"} - judged
     word: Part = ("CONFORMANT", "good") if report.conformant else ("NOT CONFORMANT", "bad")
     if not judged - blocked and not broken:
         word = ("NOTHING WAS JUDGED", "bad")
@@ -80,14 +81,22 @@ def last(report: Report) -> Iterator[list[Part]]:
     if not judged:
         return
     for f in report.findings:
-        if f.verdict == "pass" and f.message:
-            yield [("for information  ", "quiet"), (f"{f.clause}: {f.message}", "quiet")]
+        said = f.message if f.verdict == "pass" else ""
+        if f.level == "information" and f.verdict == "fail" and f.evidence:
+            said = f"{f.evidence.what} is {f.evidence.got}, by the formula {f.evidence.want}"
+        if said:
+            yield [("for information  ", "quiet"), (f"{f.clause}: {said}", "quiet")]
     reasons: dict[str, list[str]] = {}
     for f in report.findings:
         if f.verdict == "declined" and f.message and f.clause not in reasons.get(f.message, []):
             reasons.setdefault(f.message, []).append(f.clause)
     for reason, clauses in reasons.items():
         yield [("not judged  ", "quiet"), (f"{', '.join(clauses)}: {reason}", "quiet")]
+
+
+def _binding(findings: Sequence[Finding]) -> list[Finding]:
+    """Those that decide a verdict."""
+    return [f for f in findings if f.level != "information"]
 
 
 def _clauses(findings: Sequence[Finding], *verdicts: str) -> list[str]:

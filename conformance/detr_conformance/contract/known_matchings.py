@@ -1,0 +1,267 @@
+"""Known mistakes of the assignment, beside those in the chapter MATCH: each a formula, and the check that sees it."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from detr_conformance.contract.costs import an_image_is_matched_as_if_alone
+from detr_conformance.contract.layers import encoder_outputs_have_their_own_matching
+from detr_conformance.contract.matching import (
+    every_layer_is_matched_on_its_own_predictions,
+    no_query_and_no_target_is_matched_twice,
+    order_does_not_matter,
+    the_assignment_is_optimal,
+    the_matcher_returns_index_pairs,
+)
+from detr_conformance.registry import known
+from detr_reference.textbook import Layer, Pairs, Textbook
+
+# --- which pairs ---
+
+
+def _by_entry(book: Textbook, costs: Tensor) -> Pairs:
+    """The cheapest entry first, again and again."""
+    left, pairs = costs.clone(), []
+    for _ in range(min(costs.shape)):
+        at = int(left.argmin())
+        q, t = divmod(at, costs.shape[1])
+        pairs.append((q, t))
+        left[q], left[:, t] = torch.inf, torch.inf
+    return _pairs(sorted(pairs))
+
+
+def _by_query(book: Textbook, costs: Tensor) -> Pairs:
+    """Query after query takes its cheapest target that is left."""
+    free, pairs = set(range(costs.shape[1])), []
+    for q in range(min(costs.shape)):
+        t = min(free, key=lambda t: float(costs[q, t]))
+        free.remove(t)
+        pairs.append((q, t))
+    return _pairs(pairs)
+
+
+def _by_confidence(book: Textbook, costs: Tensor) -> Pairs:
+    """The query with the cheapest entry of all chooses first."""
+    free, pairs = set(range(costs.shape[1])), []
+    for q in costs.amin(1).argsort().tolist()[: min(costs.shape)]:
+        t = min(free, key=lambda t: float(costs[q, t]))
+        free.remove(t)
+        pairs.append((q, t))
+    return _pairs(sorted(pairs))
+
+
+def _pairs(found: Sequence[tuple[int, int]]) -> Pairs:
+    return Pairs(*(torch.tensor([pair[i] for pair in found], dtype=torch.int64) for i in (0, 1)))
+
+
+def _in_reverse(book: Textbook, costs: Tensor) -> Pairs:
+    taken: dict[int, int] = {}
+    for t in reversed(range(costs.shape[1])):
+        order = [int(q) for q in costs[:, t].argsort() if int(q) not in taken]
+        if order:
+            taken[order[0]] = t
+    return _pairs(sorted(taken.items()))
+
+
+def _last(book: Textbook, costs: Tensor) -> Pairs:
+    n = min(costs.shape)
+    return Pairs(torch.arange(len(costs) - n, len(costs)), torch.arange(n))
+
+
+for name, sentence, formulas in (
+    ("cheapest-pair-first", "The cheapest pair first, again and again: a greedy assignment.", {"assign": _by_entry}),
+    ("queries-served-in-order", "Query after query takes its cheapest target that is left.", {"assign": _by_query}),
+    ("surest-queries-first", "The query with the cheapest pair chooses first.", {"assign": _by_confidence}),
+    ("targets-served-in-reverse", "Targets take their cheapest free query, the last target first.",
+     {"assign": _in_reverse}),
+    ("last-queries-instead-of-a-matching", "The last queries are paired with the targets, without any matching.",
+     {"assign": _last}),
+):  # fmt: skip
+    known(the_assignment_is_optimal, name, sentence, fix="use scipy.optimize.linear_sum_assignment", **formulas)
+
+for name, sentence, change in (
+    ("dearest-assignment", "The assignment of largest cost: maximised instead of minimised.",
+     lambda before, book, costs: before(-costs)),
+    ("target-indices-in-order", "Target indices are sorted away from their queries.",
+     lambda before, book, costs: (lambda m: Pairs(m.query, m.target.sort().values))(before(costs))),
+    ("only-half-of-the-queries", "Only the first half of the queries takes part, where there are enough.",
+     lambda before, book, costs: before(costs[: max(len(costs) // 2, costs.shape[1])])),
+):  # fmt: skip
+    known(the_assignment_is_optimal, name, sentence, fix="keep the solver's pairs", around={"assign": change})
+
+
+def _twice(before: Callable[..., Pairs], book: Textbook, costs: Tensor) -> Pairs:
+    first = before(costs)
+    if len(costs) < 2 * costs.shape[1]:
+        return first
+    barred = costs.clone()
+    barred[first.query] = 1e6
+    second = before(barred)
+    return Pairs(torch.cat([first.query, second.query]), torch.cat([first.target, second.target]))
+
+
+def _tiled(before: Callable[..., Pairs], book: Textbook, costs: Tensor) -> Pairs:
+    found = before(torch.cat([costs, costs], 1))
+    return Pairs(found.query, found.target % costs.shape[1])
+
+
+def _cheap_only(before: Callable[..., Pairs], book: Textbook, costs: Tensor) -> Pairs:
+    found = before(costs)
+    keep = costs[found.query, found.target] <= costs.mean()
+    return Pairs(found.query[keep], found.target[keep])
+
+
+for name, sentence, change in (
+    ("two-queries-for-every-target", "Every target gets a second query where there are enough.", _twice),
+    ("every-target-takes-part-twice", "The targets are repeated, and each takes part twice.", _tiled),
+    ("dear-pairs-are-dropped", "Pairs that cost more than the mean are dropped.", _cheap_only),
+    ("last-pair-is-lost", "The last pair of an image is lost.",
+     lambda before, book, costs: (lambda m: Pairs(m.query[:-1], m.target[:-1]))(before(costs))),
+    ("first-pair-is-lost", "The first pair of an image is lost.",
+     lambda before, book, costs: (lambda m: Pairs(m.query[1:], m.target[1:]))(before(costs))),
+):  # fmt: skip
+    known(
+        no_query_and_no_target_is_matched_twice, name, sentence, fix="exactly min(Q, n) pairs, one a target",
+        around={"assign": change},
+    )  # fmt: skip
+
+# --- which image ---
+
+
+def _next_targets(before: Callable[..., list[Pairs]], book: Textbook, layer: Layer, targets: Any) -> list[Pairs]:
+    turned = [*targets[1:], *targets[:1]]
+    found, other = before(layer, targets), before(layer, turned)
+    return [
+        o if len(a["boxes"]) == len(b["boxes"]) else f
+        for f, o, a, b in zip(found, other, targets, turned, strict=True)
+    ]  # fmt: skip
+
+
+def _first_predictions(before: Callable[..., list[Pairs]], book: Textbook, layer: Layer, targets: Any) -> list[Pairs]:
+    first = replace(layer, logits=layer.logits[:1].expand_as(layer.logits), boxes=layer.boxes[:1].expand_as(layer.boxes))
+    return before(first, targets)
+
+
+def _whole_batch(before: Callable[..., list[Pairs]], book: Textbook, layer: Layer, targets: Any) -> list[Pairs]:
+    keys = [k for k in ("labels", "boxes", "token_labels") if k in targets[0]]
+    every = {k: torch.cat([t[k] for t in targets]) for k in keys}
+    none = torch.zeros(0, dtype=torch.int64)
+    if not len(every["labels"]):
+        return [Pairs(none, none) for _ in targets]
+    with torch.no_grad():
+        whole = book.assign(book.cost(layer.logits.flatten(0, 1), layer.boxes.flatten(0, 1), every))
+    size, ends = layer.logits.shape[1], list(itertools.accumulate((len(t["labels"]) for t in targets), initial=0))
+    found = []
+    for b, start in enumerate(ends[:-1]):
+        own = (whole.query // size == b) & (whole.target >= start) & (whole.target < ends[b + 1])
+        found.append(Pairs(whole.query[own] % size, whole.target[own] - start))
+    return found
+
+
+def _shifted_by_empties(before: Callable[..., list[Pairs]], book: Textbook, layer: Layer, targets: Any) -> list[Pairs]:
+    found = before(layer, targets)
+    full = [m for m in found if len(m)]
+    return [*full, *(m for m in found if not len(m))] if len(full) < len(found) else found
+
+
+for name, sentence, change in (
+    ("matched-with-the-targets-of-the-next-image",
+     "An image is matched with the targets of the next one, where that has as many.", _next_targets),
+    ("matched-on-the-first-image", "Every image is matched on the predictions of the first.", _first_predictions),
+    ("pairs-across-images-are-dropped", "One assignment over all images, whose pairs across images are dropped.",
+     _whole_batch),
+):  # fmt: skip
+    known(
+        an_image_is_matched_as_if_alone, name, sentence, fix="solve one assignment an image, on its own predictions",
+        around={"match": change},
+    )  # fmt: skip
+
+known(
+    order_does_not_matter, "images-without-targets-shift-the-pairs",
+    "Images without targets are skipped, and the pairs of those after them belong to the image before.",
+    fix="an empty pair for an image without targets", around={"match": _shifted_by_empties},
+)  # fmt: skip
+
+# --- which layer ---
+
+
+def _of_first_layer(book: Textbook, layer: Layer, every: Sequence[Layer], targets: Any) -> list[Pairs]:
+    first = next((x for x in every if x.name == "aux0"), layer)
+    found: list[Pairs] = book.match(first if layer.name.startswith("aux") else layer, targets)
+    return found
+
+
+def _of_last_layer(book: Textbook, layer: Layer, every: Sequence[Layer], targets: Any) -> list[Pairs]:
+    last = next((x for x in reversed(every) if x.name.startswith("aux")), layer)
+    found: list[Pairs] = book.match(last if layer.name == "final" else layer, targets)
+    return found
+
+
+def _inside(found: list[Pairs], own: list[Pairs], size: int) -> list[Pairs]:
+    """A matching where its queries exist in the layer; else the layer's own."""
+    return [f if not len(f) or int(f.query.max()) < size else o for f, o in zip(found, own, strict=True)]
+
+
+def _of_final(names: tuple[str, ...]) -> Callable[..., list[Pairs]]:
+    def layer_match(book: Textbook, layer: Layer, every: Sequence[Layer], targets: Any) -> list[Pairs]:
+        own: list[Pairs] = book.match(layer, targets)
+        if not layer.name.startswith(names):
+            return own
+        return _inside(book.match(every[0], targets), own, layer.boxes.shape[1])
+
+    return layer_match
+
+
+for name, sentence, formula in (
+    ("first-auxiliary-matching-for-the-others", "Auxiliary layers are trained with the first one's matching.",
+     _of_first_layer),
+    ("final-layer-with-an-auxiliary-matching", "The final layer is trained with the last auxiliary layer's matching.",
+     _of_last_layer),
+    ("final-matching-for-all-further-layers", "Auxiliary and encoder outputs are trained with the final matching.",
+     _of_final(("aux", "enc"))),
+):  # fmt: skip
+    known(
+        every_layer_is_matched_on_its_own_predictions, name, sentence, fix="call the matcher once a layer",
+        layer_match=formula,
+    )  # fmt: skip
+
+known(
+    encoder_outputs_have_their_own_matching, "final-matching-for-the-encoder",
+    "Encoder outputs are trained with the final layer's matching.", fix="call the matcher on the encoder outputs",
+    layer_match=_of_final(("enc",)),
+)  # fmt: skip
+
+
+# --- what the matcher returns ---
+
+
+def _padded(matches: Sequence[Pairs]) -> list[tuple[Tensor, Tensor]]:
+    long = max(map(len, matches), default=0) + 1
+    return [tuple(torch.cat([i, torch.full((long - len(i),), -1)]) for i in (m.query, m.target)) for m in matches]  # type: ignore[misc]
+
+
+for name, sentence, formula in (
+    ("matcher-returns-targets-first", "The matcher returns (target, query) instead of (query, target).",
+     lambda m: [(x.target, x.query) for x in m]),
+    ("matcher-counts-queries-through-the-batch", "The matcher's query indices count on from image to image.",
+     lambda m: [(x.query + 100 * b, x.target) for b, x in enumerate(m)]),
+    ("matcher-returns-floats", "The matcher's indices are floating point numbers.",
+     lambda m: [(x.query.float(), x.target.float()) for x in m]),
+    ("matcher-returns-a-matrix", "The matcher returns one [M,2] tensor an image instead of two of indices.",
+     lambda m: [torch.stack([x.query, x.target], 1) for x in m]),
+    ("matcher-pads-with-minus-one", "The matcher's pairs are padded with −1.", _padded),
+    ("matcher-counts-from-one", "The matcher's indices count from 1.",
+     lambda m: [(x.query + 1, x.target + 1) for x in m]),
+    ("matcher-skips-empty-images", "The matcher returns no pair for an image without targets.",
+     lambda m: [(x.query, x.target) for x in m if len(x)]),
+):  # fmt: skip
+    known(
+        the_matcher_returns_index_pairs, name, sentence, fix="a list of (query, target) index tensors, one an image",
+        indices=lambda book, matches, formula=formula: formula(matches),
+    )  # fmt: skip
