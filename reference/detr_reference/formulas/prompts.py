@@ -1,7 +1,7 @@
-"""The textbook's formulas of captions: which tokens belong to which class (TOKEN-6 to 8).
+"""TOKEN-6 to 8: which tokens of a caption belong to which class.
 
-``textbook`` holds them among its formulas; they are here because they are about text and not about tensors.
-"""
+Formulas of the bundle in ``textbook``: each takes the book first.
+
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from .textbook import Textbook
+    from detr_reference.textbook import Textbook
 
 Targets = Sequence[Mapping[str, Tensor]]
 

@@ -1,0 +1,1 @@
+"""The textbook's formulas, one short function each, in float64, per image and per layer."""
