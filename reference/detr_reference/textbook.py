@@ -2,8 +2,8 @@
 
 ``textbook`` is a bundle of these functions: ``dataclasses.replace(textbook, giou=iou)`` is the same book with one
 formula changed, and everything that uses the formula follows. Each function, a few lines in ``formulas``, takes the
-book first, so that it reads ``book.giou(a, b)``, and the options of the criterion from ``book.o``. Nothing here is meant to
-be fast.
+book first, so that it reads ``book.giou(a, b)``, and the options of the criterion from ``book.o``. Nothing here is
+meant to be fast.
 
 Symbols: Q queries, K classes, T text tokens, n targets of one image, N of all, M matched pairs, nb the divisor,
 x logits, p = σ(x), y the class target, m a target mask, G denoising groups.

@@ -1,7 +1,7 @@
 """TOKEN-6 to 8: which tokens of a caption belong to which class.
 
 Formulas of the bundle in ``textbook``: each takes the book first.
-
+"""
 
 from __future__ import annotations
 
