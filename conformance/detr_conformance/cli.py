@@ -66,7 +66,10 @@ def _worked_number(check, profile: str) -> str:  # type: ignore[no-untyped-def]
     fault = next((f for f in registry.faults(profile) if f.check is check), None)
     if fault is None:
         return ""
-    judge = Judge(candidate_of(fault.apply(textbook), profile, fault.id), Settings(effort="quick", level="should"))
+    judge = Judge(
+        candidate_of(fault.apply(textbook), profile, fault.id),
+        Settings(effort="quick", level="should", device="simulated"),
+    )
     finding = judge.finding(check.name)
     if finding.evidence is None:
         return ""

@@ -58,7 +58,9 @@ def _of_losses(
 
 
 def _of_terms(key: str, terms: frozenset[str]) -> bool:
-    return not key.startswith("loss") or key.split("_")[1] in terms | {key.split("_")[1]} - ANY_TERM
+    """True for a loss of one of the terms, and for whatever is no loss of any."""
+    term = key.split("_")[1] if key.startswith("loss_") else ""
+    return term in terms or term not in ANY_TERM
 
 
 def is_log(atom: Atom) -> bool:

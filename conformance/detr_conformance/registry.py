@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar
 
@@ -84,7 +84,7 @@ class Check:
     measures: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Fault:
     """The textbook with one formula replaced: a known way of going wrong.
 
@@ -100,7 +100,7 @@ class Fault:
     apply: Callable[[Textbook], Textbook]
     seen_in: str
     fix: str
-    survives: Mapping[str, str]
+    survives: Mapping[str, str] = field(default_factory=dict)
 
 
 _clauses: dict[str, Clause] = {}

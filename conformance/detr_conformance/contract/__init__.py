@@ -28,6 +28,14 @@ CHAPTERS: Final = (
     "devices",
     "ranks",
     "learning",
+    "known_boxes",
+    "known_costs",
+    "known_matchings",
+    "known_classes",
+    "known_tokens",
+    "known_divisors",
+    "known_layers",
+    "known_keys",
 )
 
 

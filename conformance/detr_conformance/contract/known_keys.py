@@ -1,0 +1,251 @@
+"""Known mistakes of names, forms, weights and gradients, beside those in the chapters KEY and GRAD."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from detr_conformance.contract.gradients import (
+    boxes_get_the_textbook_gradient,
+    logged_quantities_carry_no_gradient,
+    logits_get_the_textbook_gradient,
+)
+from detr_conformance.contract.keys import (
+    every_trained_loss_has_its_weight,
+    every_trained_loss_is_a_scalar_tensor,
+    logged_quantities_have_no_weight_and_losses_are_unweighted,
+    the_keys_do_not_depend_on_the_targets,
+    the_trained_losses_have_their_names,
+)
+from detr_conformance.registry import EVERY, FOCAL, TEXT, known
+from detr_reference.options import options_of
+from detr_reference.textbook import Textbook
+
+ENCODER = FOCAL | TEXT
+Losses = dict[str, Tensor]
+
+
+def _losses(change: Callable[[Losses, Any], Losses]) -> dict[str, Callable[..., Any]]:
+    """The returned losses changed, from themselves and the targets."""
+
+    def losses(before: Callable[..., Any], book: Textbook, outputs: Any, targets: Any, given: Any) -> Any:
+        result = before(outputs, targets, given)
+        return replace(result, losses=change(dict(result.losses), targets))
+
+    return {"losses": losses}
+
+
+def _trained(key: str) -> bool:
+    return key.startswith(("loss_ce", "loss_bbox", "loss_giou"))
+
+
+def _renamed(names: dict[str, str]) -> dict[str, Callable[..., Any]]:
+    def change(found: Losses, targets: Any) -> Losses:
+        return {next((n + k[len(o) :] for o, n in names.items() if k.startswith(o)), k): v for k, v in found.items()}
+
+    return _losses(change)
+
+
+for name, sentence, names in (
+    ("l1-loss-under-another-name", "The L1 loss has another name, such as loss_l1.", {"loss_bbox": "loss_l1"}),
+    ("giou-loss-under-another-name", "The GIoU loss has another name, such as loss_iou.", {"loss_giou": "loss_iou"}),
+    ("box-losses-exchanged", "loss_bbox and loss_giou change places.",
+     {"loss_bbox": "loss_giou", "loss_giou": "loss_bbox"}),
+    ("all-losses-under-other-names", "All losses have other names.",
+     {"loss_ce": "loss_cls", "loss_bbox": "loss_l1", "loss_giou": "loss_iou"}),
+):  # fmt: skip
+    known(
+        the_trained_losses_have_their_names, name, sentence, fix="loss_ce, loss_bbox, loss_giou, or rename={…}",
+        around=_renamed(names),
+    )  # fmt: skip
+
+for name, sentence, of in (
+    ("class-loss-of-one-dimension", "The class losses are vectors of one number.", "loss_ce"),
+    ("l1-loss-of-one-dimension", "The L1 losses are vectors of one number.", "loss_bbox"),
+    ("giou-loss-of-one-dimension", "The GIoU losses are vectors of one number.", "loss_giou"),
+):
+    known(
+        every_trained_loss_is_a_scalar_tensor, name, sentence, fix="sum over all dimensions",
+        around=_losses(lambda x, t, of=of: {k: v[None] if k.startswith(of) else v for k, v in x.items()}),
+    )  # fmt: skip
+
+
+def _of_empty(change: Callable[[Losses], Losses]) -> dict[str, Callable[..., Any]]:
+    return _losses(lambda found, targets: found if any(len(t["boxes"]) for t in targets) else change(found))
+
+
+for name, sentence, around in (
+    ("no-losses-without-targets", "A batch without targets gets no losses at all.", _of_empty(lambda x: {})),
+    ("no-class-loss-without-targets", "A batch without targets gets no class loss.",
+     _of_empty(lambda x: {k: v for k, v in x.items() if not k.startswith("loss_ce")})),
+    ("losses-of-zero-are-left-out", "A loss that is 0 is left out.",
+     _losses(lambda x, t: {k: v for k, v in x.items() if float(v.detach()) or not _trained(k)})),
+):  # fmt: skip
+    known(
+        the_keys_do_not_depend_on_the_targets, name, sentence, fix="the same keys with and without targets",
+        around=around,
+    )  # fmt: skip
+
+# --- weights ---
+
+Weights = dict[str, float]
+
+
+def _weights(change: Callable[[Weights, Any], Weights]) -> dict[str, Callable[..., Any]]:
+    return {"weights": lambda before, book: change(dict(before()), book.o)}
+
+
+def _suffix(key: str, o: Any) -> str:
+    """"" for the final layer, "enc", or the number of an auxiliary one."""
+    end = "_".join(key.split("_")[2:])
+    return "enc" if o.encoder_suffix and f"_{end}" == o.encoder_suffix else end
+
+
+def _on(select: Callable[[str, str, Any], bool], value: Callable[[float], float | None]) -> dict[str, Any]:
+    """Weights of the keys (term, suffix) that are selected replaced, or with None taken out."""
+
+    def change(found: Weights, o: Any) -> Weights:
+        new = {
+            k: value(w) if _trained(k) and select(k.split("_")[1], _suffix(k, o), o) else w for k, w in found.items()
+        }
+        return {k: w for k, w in new.items() if w is not None}
+
+    return _weights(change)
+
+
+def _is_aux(term: str, end: str, o: Any) -> bool:
+    return end.isdigit()
+
+
+def _is_enc(term: str, end: str, o: Any) -> bool:
+    return end == "enc"
+
+
+def _exchanged(found: Weights, o: Any) -> Weights:
+    pair = {"loss_bbox": o.giou_loss_coef, "loss_giou": o.bbox_loss_coef}
+    return {k: next((w for base, w in pair.items() if k.startswith(base)), v) for k, v in found.items()}
+
+
+def _of_base(by_base: Callable[[Any], dict[str, float]]) -> dict[str, Any]:
+    """Weights by term, whatever the suffix."""
+
+    def change(found: Weights, o: Any) -> Weights:
+        return {k: by_base(o).get("_".join(k.split("_")[:2]), w) for k, w in found.items()}
+
+    return _weights(change)
+
+
+def _family(o: Any) -> dict[str, float]:
+    own = options_of({"softmax": "detr", "focal": "deformable-detr", "token": "grounding-dino"}[o.class_loss])
+    return {"loss_ce": own.ce_loss_coef, "loss_bbox": own.bbox_loss_coef, "loss_giou": own.giou_loss_coef}
+
+
+for name, sentence, around, profiles in (
+    ("last-auxiliary-layer-without-a-weight", "The last auxiliary layer has no weight.",
+     _on(lambda term, end, o: end == str(o.num_decoder_layers - 2), lambda w: None), EVERY),
+    ("auxiliary-losses-without-a-weight", "Auxiliary losses have no weight, the others do.",
+     _on(_is_aux, lambda w: None), ENCODER),
+    ("encoder-losses-without-a-weight", "The encoder's losses have no weight.", _on(_is_enc, lambda w: None), ENCODER),
+    ("auxiliary-losses-weigh-one", "Auxiliary losses weigh 1.", _on(_is_aux, lambda w: 1.0), EVERY),
+    ("auxiliary-weights-halved", "Auxiliary losses have half the weight.", _on(_is_aux, lambda w: w / 2), EVERY),
+    ("auxiliary-weights-shared", "Auxiliary weights are divided by the number of decoder layers.",
+     _weights(lambda x, o: {k: w / o.num_decoder_layers if _suffix(k, o).isdigit() else w for k, w in x.items()}),
+     EVERY),
+    ("encoder-weights-halved", "The encoder's losses have half the weight.", _on(_is_enc, lambda w: w / 2), ENCODER),
+    ("encoder-losses-weigh-one", "The encoder's losses weigh 1.", _on(_is_enc, lambda w: 1.0), ENCODER),
+    ("encoder-box-losses-weigh-nothing", "The encoder's box losses weigh 0.",
+     _on(lambda term, end, o: end == "enc" and term != "ce", lambda w: 0.0), ENCODER),
+    ("auxiliary-class-losses-without-a-weight", "Auxiliary class losses have no weight.",
+     _on(lambda term, end, o: end.isdigit() and term == "ce", lambda w: None), EVERY),
+    ("giou-without-a-weight", "loss_giou has no weight in any layer.",
+     _on(lambda term, end, o: term == "giou", lambda w: None), EVERY),
+    ("l1-without-a-weight", "loss_bbox has no weight in any layer.",
+     _on(lambda term, end, o: term == "bbox", lambda w: None), EVERY),
+    ("class-loss-without-a-weight", "loss_ce has no weight in any layer.",
+     _on(lambda term, end, o: term == "ce", lambda w: None), EVERY),
+    ("box-weights-exchanged", "The weights of loss_bbox and loss_giou change places.", _weights(_exchanged), EVERY),
+    ("giou-takes-the-weight-of-l1", "loss_giou takes loss_bbox's weight.",
+     _of_base(lambda o: {"loss_giou": o.bbox_loss_coef}), EVERY),
+    ("l1-takes-the-weight-of-giou", "loss_bbox takes loss_giou's weight.",
+     _of_base(lambda o: {"loss_bbox": o.giou_loss_coef}), EVERY),
+    ("class-loss-weighs-one", "loss_ce weighs 1, whatever is configured.", _of_base(lambda o: {"loss_ce": 1.0}), EVERY),
+    ("class-loss-weighs-two", "loss_ce weighs 2, whatever is configured.", _of_base(lambda o: {"loss_ce": 2.0}), EVERY),
+    ("loss-weights-are-fixed", "The weights are the family's, whatever is configured.", _of_base(_family), EVERY),
+    ("loss-weights-are-the-costs", "The weights are those of the matching cost.",
+     _of_base(lambda o: {"loss_ce": o.set_cost_class, "loss_bbox": o.set_cost_bbox, "loss_giou": o.set_cost_giou}),
+     EVERY),
+    ("loss-weights-are-whole-numbers", "Weights are cut to whole numbers.",
+     _weights(lambda x, o: {k: float(int(w)) for k, w in x.items()}), EVERY),
+    ("loss-weights-are-all-one", "All weights are 1.", _weights(lambda x, o: dict.fromkeys(x, 1.0)), EVERY),
+):  # fmt: skip
+    known(
+        every_trained_loss_has_its_weight, name, sentence, fix="the configured weight of its base for every suffix",
+        profiles=profiles, around=around,
+    )  # fmt: skip
+
+
+def _logged_weight(before: Callable[..., Any], book: Textbook) -> Weights:
+    return before() | {"logged_value": 1.0}  # type: ignore[no-any-return]
+
+
+known(
+    logged_quantities_have_no_weight_and_losses_are_unweighted, "logged-value-with-a-weight",
+    "A logged quantity has a weight, and counts in the total.", fix="weights for trained losses only",
+    around={"weights": _logged_weight}
+    | _losses(lambda x, t: x | {"logged_value": x["loss_bbox"].detach() + 1}),
+)  # fmt: skip
+known(
+    logged_quantities_carry_no_gradient, "logged-class-value-with-gradient",
+    "A logged quantity of the class scores keeps its graph.", fix="compute it under torch.no_grad()",
+    around=_losses(lambda x, t: x | {"logged_value": 0.1 * x["loss_ce"]}),
+)  # fmt: skip
+
+# --- gradients ---
+
+for check, name, sentence, change in (
+    (boxes_get_the_textbook_gradient, "no-gradient-at-all", "Losses are computed without a graph.",
+     lambda k, v: v.detach()),
+    (boxes_get_the_textbook_gradient, "box-losses-without-gradient-of-any-layer",
+     "The box losses of all layers are constants.", lambda k, v: v if k.startswith("loss_ce") else v.detach()),
+    (boxes_get_the_textbook_gradient, "box-gradients-reversed",
+     "The box losses have the right value and the opposite gradient.",
+     lambda k, v: v if k.startswith("loss_ce") else 2 * v.detach() - v),
+    (logits_get_the_textbook_gradient, "class-gradients-reversed",
+     "The class losses have the right value and the opposite gradient.",
+     lambda k, v: 2 * v.detach() - v if k.startswith("loss_ce") else v),
+    (boxes_get_the_textbook_gradient, "box-gradients-halved",
+     "The box losses have the right value and half the gradient.",
+     lambda k, v: v if k.startswith("loss_ce") else (v + v.detach()) / 2),
+):  # fmt: skip
+    known(
+        check, name, sentence, fix="no_grad and detach around the matching and the logging alone",
+        around=_losses(lambda x, t, change=change: {k: change(k, v) if _trained(k) else v for k, v in x.items()}),
+    )  # fmt: skip
+
+
+def _dropped(before: Callable[..., Any], book: Textbook, outputs: Any, targets: Any, given: Any) -> Any:
+    """Images without targets are no part of the batch."""
+    full = [b for b, t in enumerate(targets) if len(t["boxes"])]
+    if len(full) == len(targets) or not full:
+        return before(outputs, targets, given)
+    some = {layer: [pairs[b] for b in full] for layer, pairs in given.items()}
+    return before(_images(outputs, full, len(targets)), [targets[b] for b in full], some)
+
+
+def _images(value: Any, keep: list[int], size: int) -> Any:
+    if isinstance(value, Tensor):
+        return value[keep] if value.ndim and len(value) == size else value
+    if isinstance(value, dict):
+        return {k: _images(v, keep, size) for k, v in value.items()}
+    return [_images(v, keep, size) for v in value] if isinstance(value, list) else value
+
+
+known(
+    logits_get_the_textbook_gradient, "images-without-targets-are-dropped",
+    "Images without targets are dropped from the batch.", fix="keep every image: its queries are background",
+    around={"losses": _dropped},
+)  # fmt: skip
+
