@@ -8,7 +8,7 @@ failing input can be checked by hand.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 import numpy as np
@@ -54,13 +54,15 @@ class Case:
     ``outputs``: pred_logits [B,Q,C], pred_boxes [B,Q,4], aux_outputs, enc_outputs | interm_outputs, text_mask [B,T].
     ``targets``: labels [n], boxes [n,4], token_labels [n,T] and positive_map [K,T] where the profile has text.
     Where masks are trained: pred_masks [B,Q,h,w] logits, and masks [n,H_b,W_b] of a size of each image's own; where
-    there are denoising queries: dn_meta (see ``detr_reference.denoising``).
+    there are denoising queries: dn_meta (see ``detr_reference.denoising``). ``memo``: what the textbook makes of the
+    case, found out once however many candidates are judged on it.
     """
 
     label: str
     options: Options
     outputs: Mapping[str, Any]
     targets: tuple[Mapping[str, Tensor], ...]
+    memo: dict[Any, Any] = field(init=False, default_factory=dict, repr=False)
 
     @property
     def words(self) -> str:

@@ -7,7 +7,7 @@ get one, and towards which target it points.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Final
@@ -91,10 +91,19 @@ class Seen:
         mean = self.mean
         return book if mean is None else replace(book, over_ranks=lambda book, n: torch.full_like(n, mean))
 
-    @cached_property
+    def _of_case(self, name: str, make: Callable[[], Any]) -> Any:
+        """What follows from the case alone, whoever is judged on it: found out once."""
+        if name not in self.case.memo:
+            self.case.memo[name] = make()
+        return self.case.memo[name]
+
+    @property
     def layers(self) -> Mapping[str, Layer]:
         """The layers in float64."""
-        return {layer.name: layer for layer in self.book.layers(self.case.outputs)}
+        found: Mapping[str, Layer] = self._of_case(
+            "layers", lambda: {layer.name: layer for layer in self.book.layers(self.case.outputs)}
+        )
+        return found
 
     def targets(self, layer: str) -> Sequence[Mapping[str, Tensor]]:
         """The targets that a layer is matched and trained with, in float64."""
@@ -108,14 +117,15 @@ class Seen:
 
     # --- the matching ---
 
-    @cached_property
+    @property
     def best(self) -> Mapping[str, list[Pairs]]:
         """The textbook's own matching of every layer."""
+        found: Mapping[str, list[Pairs]] = self._of_case("best", lambda: {n: self._best(n) for n in self.case.layers})
+        return found
+
+    def _best(self, layer: str) -> list[Pairs]:
         none = Pairs(torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64))
-        return {
-            layer: [self.book.assign(self.costs(layer, b)) if n else none for b, n in enumerate(self.case.counts)]
-            for layer in self.case.layers
-        }
+        return [self.book.assign(self.costs(layer, b)) if n else none for b, n in enumerate(self.case.counts)]
 
     @cached_property
     def pairs(self) -> Mapping[str, list[Pairs]]:
@@ -125,12 +135,12 @@ class Seen:
     def costs(self, layer: str, image: int) -> Tensor:
         """The textbook's matching cost [Q,n] of one image."""
         at = ("costs", layer, image)
-        if at not in self._memo:
+        if at not in self.case.memo:
             own = self.layers[layer]
             with torch.no_grad():
                 found = self.book.cost(own.logits[image], own.boxes[image], self.targets(layer)[image])
-            self._memo[at] = found.nan_to_num(nan=1e4, posinf=1e4, neginf=-1e4)
-        cost: Tensor = self._memo[at]
+            self.case.memo[at] = found.nan_to_num(nan=1e4, posinf=1e4, neginf=-1e4)
+        cost: Tensor = self.case.memo[at]
         return cost
 
     def excess(self, layer: str, image: int) -> tuple[float, float]:
@@ -144,9 +154,9 @@ class Seen:
     def decided(self, layer: str) -> bool:
         """True where no other assignment of any image is as good within rounding."""
         at = ("decided", layer)
-        if at not in self._memo:
-            self._memo[at] = all(self._decided(layer, b) for b in range(len(self.case.counts)))
-        return bool(self._memo[at])
+        if at not in self.case.memo:
+            self.case.memo[at] = all(self._decided(layer, b) for b in range(len(self.case.counts)))
+        return bool(self.case.memo[at])
 
     def matched(self, layer: str) -> tuple[Tensor, Tensor]:
         """The matched boxes of a layer and their targets, both [M,4] float64."""
@@ -201,10 +211,10 @@ class Seen:
 
     def _allowed_cost(self, layer: str, image: int) -> Tensor:
         at = ("allowed cost", layer, image)
-        if at not in self._memo:
+        if at not in self.case.memo:
             own, target = self.layers[layer], dict(self.targets(layer)[image])
-            self._memo[at] = tolerance.of_cost(self.book, own.logits[image], own.boxes[image], target)
-        allowed: Tensor = self._memo[at]
+            self.case.memo[at] = tolerance.of_cost(self.book, own.logits[image], own.boxes[image], target)
+        allowed: Tensor = self.case.memo[at]
         return allowed
 
     def _more(self, layer: str, image: int, pairs: Pairs) -> float:
@@ -254,9 +264,12 @@ class Seen:
         l1, giou = (g[low:high].reshape(shape) for g in self._unit_grads_of_all[1:])
         return l1, giou
 
-    @cached_property
+    @property
     def _unit_grads_of_all(self) -> tuple[dict[tuple[str, int], tuple[int, int, tuple[int, ...]]], Tensor, Tensor]:
         """The same for all layers and images in one go, as rows, and where each begins."""
+        return self._of_case("unit gradients", self._make_unit_grads)  # type: ignore[no-any-return]
+
+    def _make_unit_grads(self) -> tuple[dict[tuple[str, int], tuple[int, int, tuple[int, ...]]], Tensor, Tensor]:
         starts, preds, wanteds, at = {}, [], [], 0
         for layer, own in self.layers.items():
             for b, target in enumerate(self.targets(layer)):
