@@ -20,12 +20,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
-from zoo import WRONG, Wrong  # type: ignore[import-not-found]
-from zoo.port import BASES, FACTORIES  # type: ignore[import-not-found]
-
 from detr_conformance.findings import Finding
 from detr_conformance.registry import checks, clauses
 from detr_conformance.runner import Judge, Settings
+from zoo import WRONG, Wrong  # type: ignore[import-not-found]
+from zoo.port import BASES, FACTORIES  # type: ignore[import-not-found]
 
 MUST = {c.id for c in clauses() if c.level == "must"}
 

@@ -119,7 +119,8 @@ def corpus(
         bool,
         typer.Option("--check", help="judge the known faults on the stored cases; exit status 1 for a wrong claim"),
     ] = False,
-    search: Annotated[bool, typer.Option("--search", help="choose cases anew; minutes")] = False,
+    add: Annotated[bool, typer.Option("--add", help="find cases for the faults that none claims to kill")] = False,
+    search: Annotated[bool, typer.Option("--search", help="choose all cases anew; many minutes")] = False,
     write: Annotated[bool, typer.Option("--write", help="write the page")] = False,
     seed: Annotated[int, typer.Option(help="of the search")] = 0,
     file: Annotated[Path | None, typer.Option(help="the stored cases; without: the package's own")] = None,
@@ -127,7 +128,7 @@ def corpus(
 ) -> None:
     """Print which stored cases kill which faults, and what random cases miss: detr-conformance corpus [--check]"""
     from detr_conformance import corpus as stored_cases
-    from detr_conformance import corpus_page, stored
+    from detr_conformance import corpus_page, corpus_search, stored
     from detr_conformance.errors import ConformanceError
 
     chosen, there = names or [], file or stored.own_file()
@@ -136,11 +137,14 @@ def corpus(
         stored_cases.experiments_named(chosen)
     except (OSError, ConformanceError) as error:
         raise typer.BadParameter(str(error)) from None
-    if search:
-        found = stored_cases.search(found, chosen, seed, tell=typer.echo)
+    if add or search:
+        if search:
+            found = corpus_search.search(found, chosen, seed, tell=typer.echo)
+        else:
+            found = corpus_search.add(found, chosen, tell=typer.echo)
         there.write_text(stored.written(found), "utf-8")
         typer.echo(f"wrote {there}")
-    if search or write:
+    if add or search or write:
         path.write_text(corpus_page.page(found), "utf-8")
         typer.echo(f"wrote {path}")
     if check:
@@ -152,7 +156,7 @@ def corpus(
         typer.echo(
             f"every stored case kills what it claims, and together they kill all {corpus_page.told(found, chosen)}"
         )
-    if not (search or write or check):
+    if not (add or search or write or check):
         typer.echo(corpus_page.table(found, chosen))
 
 

@@ -89,7 +89,8 @@ def _page(corpus: Corpus) -> Iterator[str]:
     yield "# The stored cases"
     yield ""
     yield "Made by `detr-conformance corpus --write` from `detr_fixtures/corpus.json`; do not edit. The cases were"
-    yield "found by `detr-conformance corpus --search`; `--check` makes sure that each kills what it claims."
+    yield "found by `detr-conformance corpus --search`, and by `--add` for faults that are new; `--check` makes sure"
+    yield "that each kills what it claims."
     yield ""
     yield f"{cases} cases kill {len(table)} known faults. Every candidate is judged on them at every effort; efforts"
     yield "standard and deep draw more."
@@ -110,12 +111,12 @@ def _page(corpus: Corpus) -> Iterator[str]:
     yield ""
     yield "## What the stored cases do not tell apart"
     yield ""
-    yield "Faults of one chapter that return the same numbers on every stored case that kills the first: a diagnosis"
-    yield "cannot tell which of the two it is."
+    yield "Faults, each with others of its chapter that return the same numbers, in some profile, on every stored case"
+    yield "that kills it."
     yield ""
-    for one, other in dict.fromkeys((one, other) for _, one, other in corpus.alike):
-        where = ", ".join(p for p, a, b in corpus.alike if (a, b) == (one, other))
-        yield f"- `{one}` from `{other}` ({where})"
+    for id in dict.fromkeys(one for _, one, _ in corpus.alike):
+        others = dict.fromkeys(other for _, one, other in corpus.alike if one == id)
+        yield f"- `{id}`: " + ", ".join(f"`{other}`" for other in others)
     if not corpus.alike:
         yield "None."
     for experiment in covered():

@@ -7,21 +7,38 @@ own, or by its matching alone. Where its numbers differ from the right textbook'
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from types import MethodType
 from typing import Any, Final
 
 import torch
 from torch import Tensor
 
+from detr_conformance.adapters.textbook import BookCriterion
 from detr_conformance.cases import MASK_TERMS, Case
 from detr_conformance.observation import Observation
 from detr_conformance.seen import Seen
 from detr_conformance.tolerance import EPS, OPS
-from detr_reference.textbook import TERMS, Pairs, Textbook, textbook
+from detr_reference.options import Options
+from detr_reference.textbook import TERMS, Layer, Pairs, Textbook, textbook
 
 CLOSE: Final = 256 * EPS  # relative: two right float32 criterions, sums of some dozens of terms
+
+_GIOU: Final = ("corners", "area", "intersection", "union", "enclosing", "share", "giou", "loss_giou")
+_CLASS: Final = (
+    *("class_weight", "softmax_class_target", "softmax_loss", "softmax_divisor", "focal_term", "alpha_weight"),
+    *("focusing", "focal_class_target", "token_class_target", "in_loss", "focal_image", "focal_loss"),
+    *("class_divisor", "loss_ce"),
+)
+TERM_OF: Final = {  # the formulas that a single term is made of
+    **dict.fromkeys(_GIOU, "giou"),
+    **dict.fromkeys(("l1", "loss_bbox"), "bbox"),
+    **dict.fromkeys(_CLASS, "ce"),
+}
+CLASS_COSTS: Final = frozenset({"softmax_cost", "focal_difference", "focal_cost", "token_cost", "class_cost"})
+INPUTS: Final = frozenset({"layers", "layer_targets", "encoder_targets", "taken", "layer_masks"})
 
 Atom = tuple[str, ...]
 Atoms = Mapping[Atom, Any]
@@ -51,16 +68,21 @@ def _of_losses(
     terms: frozenset[str],
 ) -> dict[Atom, Any]:
     trained = {key for keys in case.sums.values() for key in keys}
-    found: dict[Atom, Any] = {("loss", k): v for k, v in losses.items() if _of_terms(k, terms)}
-    found |= {("in the graph", k): k in attached for k in losses if k in trained and _of_terms(k, terms)}
-    found |= {("form", k): what for k, what in odd.items() if _of_terms(k, terms)}
-    return found | {("weight", k): v for k, v in (weights or {}).items() if k in losses}
+    found: dict[Atom, Any] = {("loss", k): v for k, v in losses.items() if _counts(k, terms)}
+    found |= {("in the graph", k): k in attached for k in losses if k in trained and _counts(k, terms)}
+    found |= {("form", k): what for k, what in odd.items() if _counts(k, terms)}
+    return found | {("weight", k): v for k, v in (weights or {}).items()}
 
 
-def _of_terms(key: str, terms: frozenset[str]) -> bool:
-    """True for a loss of one of the terms, and for whatever is no loss of any."""
+def _term_of(key: str) -> str:
+    """The term that a key is a loss of, or ""."""
     term = key.split("_")[1] if key.startswith("loss_") else ""
-    return term in terms or term not in ANY_TERM
+    return term if term in ANY_TERM else ""
+
+
+def _counts(key: str, terms: frozenset[str]) -> bool:
+    """True for a loss of one of the terms, and for whatever is no loss of any."""
+    return _term_of(key) in terms | {""}
 
 
 def is_log(atom: Atom) -> bool:
@@ -100,19 +122,41 @@ class Probe:
         """Its gradients."""
         if (name, view, "gradients") not in self._results:
             try:
-                found = self._differentiated(self._losses(book, view))
+                terms = self._own_terms(book, view)
+                if terms is None:
+                    found = self._differentiated(self._losses(book, view), self.seen.case.sums)
+                else:
+                    sums = {t: keys for t, keys in self.seen.case.sums.items() if t in terms}
+                    rest = {a: v for a, v in self.gradients((), textbook, view).items() if a[1] not in terms}
+                    found = {**rest, **self._differentiated(self._of_terms(book, terms), sums)}
             except Exception:
                 found = {("raised",): True}
             self._results[name, view, "gradients"] = found
         gradients: Atoms = self._results[name, view, "gradients"]
         return gradients
 
+    def named(self, name: Any, book: Textbook, view: str) -> Atoms:
+        """The same, and which losses go by another name."""
+        if (name, view, "named") not in self._results:
+            self._results[name, view, "named"] = self._with_names(self.of(name, book, view), view)
+        found: Atoms = self._results[name, view, "named"]
+        return found
+
     def theirs(self, view: str) -> Atoms:
         """The candidate's numbers."""
         if view not in self._results:
-            self._results[view] = _pairs_by_image(self.seen.pairs) if view == MATCHED else atoms(self.seen.got)
+            own = self._theirs_matched() if view == MATCHED else atoms(self.seen.got)
+            self._results[view] = self._with_names(own, view)
         found: Atoms = self._results[view]
         return found
+
+    def _with_names(self, found: Atoms, view: str) -> Atoms:
+        """With the losses that are missing, and returned under a name that the contract does not know."""
+        right = self.of((), textbook, view)
+        missing = [a for a in right if a[0] == "loss" and a not in found and not is_log(a) and right[a]]
+        strange = [a for a in found if a[0] == "loss" and a not in right and found[a]] if missing else []
+        other = {a: any(self.equal(a, found[s], right[a]) for s in strange) for a in missing}
+        return {**found, **{("another name", a[1]): True for a, same in other.items() if same}}
 
     def equal(self, atom: Atom, one: Any, other: Any) -> bool:
         """True where two numbers of this input differ by no more than rounding explains."""
@@ -141,25 +185,67 @@ class Probe:
         return 0.0
 
     def _valued(self, book: Textbook, view: str) -> Atoms:
-        losses = self._losses(book, view)
+        terms = self._own_terms(book, view)
+        if terms is None:
+            weights = under(book, self.seen.case.options).weights()
+            return self._atoms(self._losses(book, view), weights)
+        rest = {a: v for a, v in self.of((), textbook, view).items() if _term_of(a[1]) not in terms or a[0] == "weight"}
+        return {**rest, **self._atoms(self._of_terms(book, terms), {})}
+
+    def _atoms(self, losses: Mapping[str, Tensor], weights: Mapping[str, float]) -> dict[Atom, Any]:
         scalars = {k: float(v.detach()) for k, v in losses.items() if v.numel() == 1}
         attached = frozenset(k for k, v in losses.items() if v.requires_grad)
         odd = {k: f"a tensor of shape {list(v.shape)}" for k, v in losses.items() if v.ndim}
-        weights = book.under(self.seen.case.options).weights()
         return _of_losses(self.seen.case, scalars, attached, odd, weights, ANY_TERM)
 
+    def _own_terms(self, book: Textbook, view: str) -> set[str] | None:
+        """The terms that a book's own formulas belong to, if they are formulas of single terms alone."""
+        own = changed(book)
+        plain = view == HERE and bool(own) and self.seen.case.plain and own <= TERM_OF.keys()
+        return {TERM_OF[name] for name in own} if plain else None
+
+    def _of_terms(self, book: Textbook, terms: set[str]) -> dict[str, Tensor]:
+        """The losses of these terms, the rest of the call being as the right textbook has it."""
+        book = under(book, self._right.o)
+        found: dict[str, Tensor] = {}
+        for layer, targets, pairs, nb, mask in self._layers:
+            if "ce" in terms:
+                found[f"loss_ce{layer.suffix}"] = book.loss_ce(layer, targets, pairs, nb, mask)
+            if terms & {"bbox", "giou"}:
+                boxes = self._right.matched_boxes(layer, targets, pairs)
+                for term, loss in (("bbox", book.loss_bbox), ("giou", book.loss_giou)):
+                    if term in terms:
+                        found[f"loss_{term}{layer.suffix}"] = loss(*boxes, nb)
+        return found
+
+    @cached_property
+    def _right(self) -> Textbook:
+        return textbook.under(self.seen.case.options.with_(weighted=False))  # an observation is without them
+
+    @cached_property
+    def _layers(self) -> list[tuple[Layer, Any, list[Pairs], Tensor, Tensor | None]]:
+        """Every layer with its targets, the candidate's matching, divisor and mask, as the right textbook has them."""
+        book, outputs = self._right, self._leaves[0]
+        taken = [book.taken(t) for t in self.seen.case.targets]
+        nb, found = book.num_boxes(taken), []
+        for layer in book.layers(outputs):
+            pairs = list(self.seen.pairs[layer.name])
+            divisor, mask = book.layer_num_boxes(layer, nb, pairs), book.layer_mask(layer, outputs)
+            found.append((layer, book.layer_targets(layer, taken), pairs, divisor, mask))
+        return found
+
     def _losses(self, book: Textbook, view: str) -> Mapping[str, Tensor]:
+        at_theirs = view == HERE and "layers" not in changed(book)  # else a layer may have another one's predictions
+        given = self.seen.pairs if at_theirs else {}
         case = self.seen.case
-        book = book.under(case.options.with_(weighted=False))  # an observation is without them
-        given = self.seen.pairs if view == HERE else {}
-        losses: Mapping[str, Tensor] = book.losses(self._leaves[0], case.targets, given).losses
+        losses: Mapping[str, Tensor] = under(book, self._right.o).losses(self._leaves[0], case.targets, given).losses
         return losses
 
-    def _differentiated(self, losses: Mapping[str, Tensor]) -> Atoms:
+    def _differentiated(self, losses: Mapping[str, Tensor], sums: Mapping[str, Sequence[str]]) -> dict[Atom, Any]:
         leaves = self._leaves[1]
         flat = [t for own in leaves.values() for t in own.values()]
         found: dict[Atom, Any] = {}
-        for term, keys in self.seen.case.sums.items():
+        for term, keys in sums.items():
             parts = [losses[k].sum() for k in keys if k in losses and losses[k].requires_grad]
             grads: Sequence[Tensor | None] = [None] * len(flat)
             if parts:
@@ -171,51 +257,63 @@ class Probe:
 
     def _matched(self, book: Textbook) -> Atoms:
         """What a book matches; where that costs it no less than the candidate's matching does, the candidate's."""
-        case = self.seen.case
-        book = book.under(case.options.with_(weighted=False))
-        targets = [book.taken(t) for t in case.targets]
+        case, own = self.seen.case, changed(book)
+        book = under(book, self._right.o)
+        found = {}
         with torch.no_grad():
-            every = book.layers(case.outputs)
-            found = {}
-            for layer in every:
-                own = book.layer_targets(layer, targets)
-                pairs = book.layer_match(layer, every, own)
-                theirs = self.seen.pairs.get(layer.name)
-                if theirs is not None:
-                    pairs = [
-                        t if _tie(book, layer.logits[b], layer.boxes[b], own[b], p, t) else p
-                        for b, (p, t) in enumerate(zip(pairs, theirs, strict=True))
-                    ]
-                found[layer.name] = pairs
-        return _pairs_by_image(found)
+            if own & INPUTS:
+                taken = [book.taken(t) for t in case.targets]
+                every = [(layer, book.layer_targets(layer, taken)) for layer in book.layers(case.outputs)]
+            else:
+                every = [(layer, targets) for layer, targets, *_ in self._layers]
+            for layer, targets in every:
+                if own & {"assign", "match", "layer_match"}:
+                    found[layer.name] = book.layer_match(layer, [x for x, _ in every], targets)
+                else:
+                    found[layer.name] = self._by_cost(book, layer, targets)
+        criterion = BookCriterion(book) if "indices" in own else None
+        said = self._answer(Observation(case, criterion=criterion), found)
+        return _pairs_by_image(found) | {("matcher",): said}
 
+    def _by_cost(self, book: Textbook, layer: Layer, targets: Sequence[Mapping[str, Tensor]]) -> list[Pairs]:
+        """The assignments of least cost, the candidate's own among equals."""
+        found = []
+        image = 0
+        if not changed(book) & (CLASS_COSTS | INPUTS):  # the dearest part, and the same for most
+            book = under(book, book.o, class_cost=lambda _book, _x, target: self._class_cost(layer, image, target))
+        for b, (target, theirs) in enumerate(zip(targets, self.seen.pairs[layer.name], strict=True)):
+            pairs, image = theirs, b
+            if len(target["boxes"]):
+                costs = book.cost(layer.logits[b], layer.boxes[b], target)
+                best = book.assign(costs)
+                least, own = (float(costs[p.query, p.target].sum()) for p in (best, theirs))
+                same = len(best) == len(theirs) and abs(own - least) <= CLOSE * max(float(costs.abs().max()), 1.0)
+                pairs = theirs if same else best
+            found.append(pairs)
+        return found
 
-def _tie(book: Textbook, logits: Tensor, boxes: Tensor, target: Mapping[str, Tensor], one: Pairs, other: Pairs) -> bool:
-    """True where two matchings of an image are the same, or cost a book the same within rounding."""
-    if _pairs(one) == _pairs(other):
-        return True
-    if len(one) != len(other) or len({q for q, _ in _pairs(one)}) < len(one):
-        return False
-    costs = book.cost(logits, boxes, target)
-    if len(book.assign(costs)) != len(one) or _pairs(book.assign(costs)) != _pairs(one):
-        return False  # not by its costs
-    a, b = (float(costs[p.query, p.target].sum()) for p in (one, other))
-    return abs(a - b) <= CLOSE * max(float(costs.abs().max()), 1.0)
+    def _class_cost(self, layer: Layer, image: int, target: Mapping[str, Tensor]) -> Tensor:
+        at = ("class cost", layer.name, image)
+        if at not in self._results:
+            self._results[at] = self._right.class_cost(layer.logits[image], target)
+        cost: Tensor = self._results[at]
+        return cost
+
+    def _theirs_matched(self) -> Atoms:
+        return _pairs_by_image(self.seen.pairs) | {("matcher",): self._answer(self.seen.got, self.seen.pairs)}
+
+    def _answer(self, got: Observation, own: Mapping[str, Sequence[Pairs]]) -> str:
+        """What is wrong with what the matcher returns, or that it is not what the losses are computed with."""
+        same = all(_pairs(p) == _pairs(q) for k, every in got.pairs.items() for p, q in zip(every, own[k], strict=True))
+        return got.bad_pairs or ("" if same else "others")
 
 
 def _pairs(pairs: Pairs) -> frozenset[tuple[int, int]]:
     return frozenset(zip(pairs.query.tolist(), pairs.target.tolist(), strict=True))
 
 
-def _pairs_by_image(found: Mapping[str, Sequence[Pairs]]) -> Atoms:
+def _pairs_by_image(found: Mapping[str, Sequence[Pairs]]) -> dict[Atom, Any]:
     return {("pairs", layer, str(b)): _pairs(p) for layer, own in found.items() for b, p in enumerate(own)}
-
-
-def named_otherwise(theirs: Atoms, right: Atoms, same: Callable[[Atom, Any, Any], bool]) -> dict[Atom, Any]:
-    """The losses that are missing, and returned under a name that the contract does not know."""
-    missing = [a for a in right if a[0] == "loss" and a not in theirs and not is_log(a)]
-    strange = [a for a in theirs if a[0] == "loss" and a not in right and theirs[a]]
-    return {("another name", *a[1:]): any(same(a, theirs[s], right[a]) for s in strange) for a in missing if right[a]}
 
 
 def composed(faults: Sequence[Any]) -> Textbook:
@@ -226,10 +324,21 @@ def composed(faults: Sequence[Any]) -> Textbook:
     return book
 
 
+def under(book: Textbook, options: Options, **formulas: Any) -> Textbook:
+    """``book.under(options)`` with formulas replaced, made without checks: it is done a thousand times a diagnosis."""
+    new = object.__new__(Textbook)
+    vars(new)["o"] = options
+    for name in _FORMULAS:
+        vars(new)[name] = MethodType(formulas.get(name) or getattr(book, name).__func__, new)
+    return new
+
+
 def changed(book: Textbook) -> frozenset[str]:
     """The formulas that a book replaces."""
-    names = Textbook.__dataclass_fields__.keys() - {"o"}
-    return frozenset(n for n in names if getattr(book, n).__func__ is not getattr(textbook, n).__func__)
+    return frozenset(name for name, formula in _FORMULAS.items() if getattr(book, name).__func__ is not formula)
+
+
+_FORMULAS: Final = {n: getattr(textbook, n).__func__ for n in Textbook.__dataclass_fields__ if n != "o"}
 
 
 def equal(one: Any, other: Any, factor: float = 1.0) -> bool:

@@ -169,7 +169,7 @@ def known(
     seen_in: str = "plausible",
     profiles: frozenset[str] | None = None,
     around: Mapping[str, Callable[..., Any]] | None = None,
-    **formulas: Callable[..., Any],
+    **formulas: Any,
 ) -> Fault:
     """Declare a fault that replaces formulas by others, in one line.
 
@@ -179,7 +179,8 @@ def known(
 
     def apply(book: Textbook) -> Textbook:
         wrapped = {name: _around(getattr(book, name).__func__, change) for name, change in (around or {}).items()}
-        return replace(book, **formulas, **wrapped)
+        every: dict[str, Any] = {**formulas, **wrapped}
+        return replace(book, **every)
 
     bound = check.profiles if profiles is None else profiles & check.profiles
     return _add(_faults, id, Fault(id, sentence, check, bound, apply, seen_in, fix))

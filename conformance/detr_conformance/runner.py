@@ -19,7 +19,7 @@ import numpy as np
 from detr_conformance import devices, experiments, messages, shrink
 from detr_conformance.candidate import Bound, bind
 from detr_conformance.cases import Case, Recipe, build
-from detr_conformance.diagnosis import Bench
+from detr_conformance.diagnosis import Diagnoser
 from detr_conformance.errors import ConformanceError
 from detr_conformance.experiments import Experiment
 from detr_conformance.findings import Evidence, Finding, Report
@@ -89,7 +89,7 @@ class Judge:
         device = devices.chosen(settings.device)
         self.bound = replace(bind(spec, settings.profile), device=device)
         self._found: dict[str, Tallies] = {}
-        self._bench = Bench(self.bound, self._tallies)
+        self._diagnoser = Diagnoser(self.bound, self._tallies)
 
     def identity(self) -> Identity:
         """Who is judged; calls the candidate once to see that the wiring is right."""
@@ -131,7 +131,7 @@ class Judge:
         if comparison.what != RAISES and not check.on.once:
             if not check.on.numbers:  # where options show, they show in what one call returns
                 option = explaining(self.bound, check, tally.cases, self._tallies)
-            looks_like = self._bench.diagnose(check, tally)
+            looks_like = self._diagnoser.diagnose(check, tally)
         name = self.bound.name
         if check.component == "devices":
             name += f" --conformance-device={self.bound.device}"

@@ -91,7 +91,7 @@ class Seen:
         mean = self.mean
         return book if mean is None else replace(book, over_ranks=lambda book, n: torch.full_like(n, mean))
 
-    def _of_case(self, name: str, make: Callable[[], Any]) -> Any:
+    def _of_case(self, name: Any, make: Callable[[], Any]) -> Any:
         """What follows from the case alone, whoever is judged on it: found out once."""
         if name not in self.case.memo:
             self.case.memo[name] = make()
@@ -170,7 +170,10 @@ class Seen:
     @cached_property
     def want(self) -> Expected:
         """The textbook at the candidate's own matching."""
-        return expect(self.book, self.case, self.pairs)
+        every = (pairs for layer in self.case.layers for pairs in self.pairs[layer])
+        matching = tuple((tuple(pairs.query.tolist()), tuple(pairs.target.tolist())) for pairs in every)
+        found: Expected = self._of_case(("want", self.mean, matching), lambda: expect(self.book, self.case, self.pairs))
+        return found
 
     def allowed(self, term: str, layer: str) -> float:
         """The allowed error of a loss at the candidate's own matching."""
@@ -252,7 +255,7 @@ class Seen:
         known = [best] if from_matcher is None else [best, from_matcher[image]]
         other, trusted = self._from_gradients(layer, image, rows)
         if trusted:
-            for pairs in (*known, other):
+            for pairs in (*reversed(known), other):
                 if all(_fits(pairs, *terms[t], fits) for t in trusted):
                     return pairs
         return next((pairs for pairs in reversed(known) if _supports(pairs, rows)), other)

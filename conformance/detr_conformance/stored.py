@@ -1,10 +1,10 @@
 """The stored cases: the inputs that an experiment is always made with, and which known faults each of them kills.
 
 They lie in ``detr_fixtures/corpus.json``, found by ``detr-conformance corpus --search`` and checked by ``--check``. An
-entry of it, under the name of its experiment, is a case in one of three forms, with what it kills in which profile:
+entry of it, under the name of its experiment, is a case in one of three forms, with what it kills in which profiles:
 
     {"recipe": {"seed": 33, "targets": [0, 2], "queries": 4}, "keep": "no targets in image 0", "kills": {…}}
-    {"duel": {"kind": "class", "seed": 5}, "kills": {…}}
+    {"duel": {"kind": "class", "seed": 5}, "kills": {"detr": ["cost-without-l1"], "deformable-detr dino": […]}}
     {"pair": {"kind": "apart", "pred": [.25, .25, .25, .25], "wanted": [.75, .75, .125, .375]}, "kills": {…}}
 
 An experiment is made with a case in those profiles only in which the case kills something.
@@ -116,10 +116,12 @@ def _stored(where: str, raw: Any) -> Stored:
     forms = [form for form in _FORMS if form in entry]
     if len(forms) != 1:
         raise _damaged(where, f"it must have one of {', '.join(_FORMS)}")
-    kills = {
-        _profile(f"{where}, kills", profile): _words(f"{where}, kills of {profile}", ids)
-        for profile, ids in _mapping(f"{where}, kills", entry["kills"]).items()
-    }
+    kills: dict[str, tuple[str, ...]] = {}
+    for profiles, ids in _mapping(f"{where}, kills", entry["kills"]).items():
+        found = _words(f"{where}, kills of {profiles}", ids)
+        for profile in profiles.split():
+            kills[profile] = (*kills.get(_profile(f"{where}, kills", profile), ()), *found)
+    kills = {profile: tuple(sorted(kills[profile])) for profile in PROFILES if profile in kills}
     return Stored(_FORMS[forms[0]](where, entry[forms[0]]), kills, str(entry.get("keep", "")))
 
 
@@ -250,7 +252,16 @@ def in_line(inputs: Inputs) -> str:
 
 
 def _entry(one: Stored) -> dict[str, Any]:
-    return compact(one.inputs) | ({"keep": one.keep} if one.keep else {}) | {"kills": dict(one.kills)}
+    return compact(one.inputs) | ({"keep": one.keep} if one.keep else {}) | {"kills": _kills(one)}
+
+
+def _kills(one: Stored) -> dict[str, list[str]]:
+    """By profiles, those with the same faults together."""
+    found: dict[str, list[str]] = {}
+    for id in sorted({id for ids in one.kills.values() for id in ids}):
+        profiles = " ".join(profile for profile in PROFILES if id in one.kills.get(profile, ()))
+        found.setdefault(profiles, []).append(id)
+    return found
 
 
 def _lines(values: Sequence[Any], indent: int) -> str:

@@ -192,6 +192,12 @@ def cross_entropy_divided_by_boxes(book: Textbook) -> Textbook:
     return replace(book, softmax_divisor=divisor)
 
 
+@check(CLS_1, on=EDGES, component="class loss", after=[loss_ce_is_not_divided_by_the_number_of_boxes])
+def an_image_without_targets_is_background(seen: Seen) -> Iterator[Comparison]:
+    if seen.case.total and not all(seen.case.counts):
+        yield from value(seen, "ce", "final", "Σ w·nll / Σ w, images without targets included")
+
+
 # --- focal ---
 
 CLS_3 = clause(

@@ -16,12 +16,12 @@ from detr_conformance.contract.classification import (
     loss_ce_is_not_divided_by_the_number_of_boxes,
     loss_ce_is_the_weighted_mean_of_all_queries,
     the_class_loss_is_a_sum,
-    the_first_and_the_last_class_are_trained,
+    the_class_loss_without_targets_keeps_its_formula,
     the_focusing_factor_has_the_configured_gamma,
 )
 from detr_conformance.contract.gradients import logits_get_the_textbook_gradient
 from detr_conformance.contract.numbers import the_class_loss_is_precise
-from detr_conformance.registry import DETR, EVERY, FOCAL, TEXT, known
+from detr_conformance.registry import DETR, FOCAL, TEXT, known
 from detr_reference.textbook import Layer, Pairs, Textbook, minus_log_sigmoid
 
 Target = Mapping[str, Tensor]
@@ -30,7 +30,7 @@ SIGMOID = FOCAL | TEXT
 # --- softmax: the mean ---
 
 
-def _softmax(value: Callable[..., Tensor]) -> dict[str, Callable[..., Tensor]]:
+def _softmax(value: Callable[..., Tensor]) -> dict[str, Any]:
     """A loss from nll, weights and classes [B·Q] of all queries, and the images they belong to."""
 
     def softmax_loss(book: Textbook, layer: Layer, targets: Any, matches: Sequence[Pairs]) -> Tensor:
@@ -77,8 +77,9 @@ for name, sentence, value in (
      lambda book, nll, w, y, m, nb: (w * w * nll).sum() / w.sum()),
 ):  # fmt: skip
     known(
-        loss_ce_is_the_weighted_mean_of_all_queries, name, sentence, fix="Σ w·nll / Σ w over all queries of the batch",
-        **_softmax(value),
+        loss_ce_is_not_divided_by_the_number_of_boxes if name.endswith(("boxes", "divided", "matches"))
+        else loss_ce_is_the_weighted_mean_of_all_queries,
+        name, sentence, fix="Σ w·nll / Σ w over all queries of the batch", **_softmax(value),
     )  # fmt: skip
 
 
@@ -120,7 +121,7 @@ def _classes(
     background: Callable[[int], int] | None = None,
     pick: Callable[[Tensor, Pairs], Tensor] | None = None,
     rows: Callable[[Pairs], Tensor] | None = None,
-) -> dict[str, Callable[..., Tensor]]:
+) -> dict[str, Any]:
     """Class targets with other labels, background, choice of the target, or rows; for softmax and one-hot alike."""
 
     def chosen(target: Target, pairs: Pairs, classes: int) -> tuple[Tensor, Tensor]:
@@ -155,6 +156,23 @@ def _dropped(k: int) -> Callable[[Tensor, int], Tensor]:
     return lambda y, classes: torch.where(y == k % classes, classes, y)
 
 
+def _union(book: Textbook, x: Tensor, target: Target, pairs: Pairs) -> Tensor:
+    y = torch.zeros_like(x)
+    y[pairs.query[:, None], target["labels"][None]] = 1
+    return y
+
+
+def _next_labels(before: Callable[..., Any], book: Textbook, layer: Layer, targets: Any, *rest: Any) -> Any:
+    turned = [*targets[1:], *targets[:1]]
+    wrong = []
+    for own, other in zip(targets, turned, strict=True):
+        n = min(len(own["labels"]), len(other["labels"]))
+        wrong.append({**own, "labels": torch.cat([other["labels"][:n], own["labels"][n:]])})
+    return before(layer, wrong, *rest)
+
+
+_NEXT = {"around": {"loss_ce": _next_labels}}
+
 for check, suffix, profiles in (
     (loss_ce_is_the_weighted_mean_of_all_queries, "", DETR),
     (every_query_and_channel_is_trained, "-of-the-focal-loss", FOCAL),
@@ -181,19 +199,23 @@ for check, suffix, profiles in (
         ("last-class-is-background", "Targets of class K − 1 are trained as background.",
          _classes(_dropped(-1))),
         ("first-class-is-background", "Targets of class 0 are trained as background.", _classes(_dropped(0))),
+        ("classes-of-all-targets-of-the-image", "Matched queries aim at the classes of all targets of their image.",
+         {"focal_class_target": _union}),
+        ("labels-of-the-next-image", "Class targets come from the next image.", _NEXT),
         ("every-class-is-one", "All targets are trained as one class, class 0.",
          _classes(lambda y, k: torch.zeros_like(y))),
     ):  # fmt: skip
-        known(
-            check, name + suffix, sentence, fix="the label of each query's own target, background elsewhere",
-            profiles=profiles, **formulas,
-        )  # fmt: skip
+        if profiles is FOCAL or name != "classes-of-all-targets-of-the-image":
+            known(
+                check, name + suffix, sentence, fix="the label of each query's own target, background elsewhere",
+                profiles=profiles, **formulas,
+            )  # fmt: skip
 
 
 # --- softmax: the logarithm ---
 
 
-def _logits(change: Callable[[Tensor, int], Tensor]) -> dict[str, Callable[..., Tensor]]:
+def _logits(change: Callable[[Tensor, int], Tensor]) -> dict[str, Any]:
     return {
         "loss_ce": lambda before, book, layer, *rest: before(
             replace(layer, logits=change(layer.logits, book.o.num_classes)), *rest
@@ -201,7 +223,7 @@ def _logits(change: Callable[[Tensor, int], Tensor]) -> dict[str, Callable[..., 
     }
 
 
-def _nll(value: Callable[[Tensor, Tensor, int], Tensor]) -> dict[str, Callable[..., Tensor]]:
+def _nll(value: Callable[[Tensor, Tensor, int], Tensor]) -> dict[str, Any]:
     """A negative log-likelihood of another kind, from logits [B·Q,K+1] and classes [B·Q]."""
 
     def softmax_loss(book: Textbook, layer: Layer, targets: Any, matches: Sequence[Pairs]) -> Tensor:
@@ -214,7 +236,7 @@ def _nll(value: Callable[[Tensor, Tensor, int], Tensor]) -> dict[str, Callable[.
     return {"softmax_loss": softmax_loss}
 
 
-def _smoothed(share: float) -> dict[str, Callable[..., Tensor]]:
+def _smoothed(share: float) -> dict[str, Any]:
     return _nll(
         lambda x, y, k: (1 - share) * -x.log_softmax(-1).gather(-1, y[:, None])[:, 0]
         - share * x.log_softmax(-1).mean(-1)
@@ -226,7 +248,7 @@ def _real_channels(x: Tensor, y: Tensor, k: int) -> Tensor:
     return torch.where(y < k, own, -x.log_softmax(-1)[:, k])
 
 
-def _within(eps: float) -> dict[str, Callable[..., Tensor]]:
+def _within(eps: float) -> dict[str, Any]:
     return _nll(lambda x, y, k: -(x.softmax(-1).gather(-1, y[:, None])[:, 0] + eps).log())
 
 
@@ -253,8 +275,10 @@ for name, sentence, formulas in (
     )
 
 for name, sentence, eps in (
-    ("cross-entropy-with-1e-8-in-its-logarithm", "1e-8 is added inside the logarithm, which flattens wide logits.", 1e-8),
-    ("cross-entropy-with-1e-6-in-its-logarithm", "1e-6 is added inside the logarithm, which flattens wide logits.", 1e-6),
+    ("cross-entropy-with-1e-8-in-its-logarithm", "1e-8 is added inside the logarithm, which flattens wide logits.",
+     1e-8),
+    ("cross-entropy-with-1e-6-in-its-logarithm", "1e-6 is added inside the logarithm, which flattens wide logits.",
+     1e-6),
     ("cross-entropy-with-1e-12-in-its-logarithm", "1e-12 is added inside the logarithm, which flattens wide logits.",
      1e-12),
 ):  # fmt: skip
@@ -271,7 +295,7 @@ known(
 # --- focal: sums ---
 
 
-def _rows(weight: Callable[[Tensor], Tensor]) -> dict[str, Callable[..., Tensor]]:
+def _rows(weight: Callable[[Tensor], Tensor]) -> dict[str, Any]:
     """The focal terms of an image [Q,C] weighted by a function of their targets [Q,C]."""
 
     def focal_image(book: Textbook, x: Tensor, y: Tensor, inside: Tensor) -> Tensor:
@@ -285,7 +309,7 @@ def _unmatched(weight: float) -> Callable[[Tensor], Tensor]:
     return lambda y: torch.where(y.amax(-1, keepdim=True) > 0, 1.0, weight).expand_as(y).to(y.dtype)
 
 
-def _over(count: Callable[[Layer, Sequence[Pairs]], float], divide: bool) -> dict[str, Callable[..., Tensor]]:
+def _over(count: Callable[[Layer, Sequence[Pairs]], float], divide: bool) -> dict[str, Any]:
     """The focal loss divided by a count, besides nb or instead of it."""
 
     def focal_loss(before: Any, book: Textbook, layer: Layer, targets: Any, matches: Any, nb: Any, mask: Any) -> Tensor:
@@ -333,16 +357,20 @@ for name, sentence, formulas in (
     ("negatives-weigh-a-half", "Negative entries weigh half.", _rows(lambda y: torch.where(y > 0, 1.0, 0.5).double())),
     ("positives-only", "Negative entries have no loss.", _rows(lambda y: (y > 0).double())),
     ("negatives-only", "Positive entries have no loss.", _rows(lambda y: (y <= 0).double())),
-    ("images-without-targets-have-no-class-loss", "Images without targets have no class loss.",
-     _rows(lambda y: (y.amax() > 0).double().expand_as(y))),
 ):  # fmt: skip
-    check = every_query_and_channel_is_trained
+    check = alpha_weighs_positives if name == "negatives-weigh-a-half" else every_query_and_channel_is_trained
     known(check, name, sentence, fix="every query and channel takes part, and weighs alike", **formulas)
+
+known(
+    the_class_loss_without_targets_keeps_its_formula, "images-without-targets-have-no-class-loss",
+    "Images without targets have no class loss.", fix="every image takes part: its queries are background",
+    profiles=SIGMOID, **_rows(lambda y: (y.amax() > 0).double().expand_as(y)),
+)  # fmt: skip
 
 # --- focal: α and γ ---
 
 
-def _alpha(positive: Callable[[float], float], negative: Callable[[float], float]) -> dict[str, Callable[..., Tensor]]:
+def _alpha(positive: Callable[[float], float], negative: Callable[[float], float]) -> dict[str, Any]:
     def alpha_weight(book: Textbook, y: Tensor) -> Tensor:
         a = book.o.focal_alpha
         return torch.where(y > 0, torch.tensor(positive(a)).double(), torch.tensor(negative(a)).double())
@@ -367,7 +395,7 @@ known(
 )  # fmt: skip
 
 
-def _focal(value: Callable[..., Tensor]) -> dict[str, Callable[..., Tensor]]:
+def _focal(value: Callable[..., Tensor]) -> dict[str, Any]:
     """A term from p, 1 − p, y, γ, the weights of α, and the logit."""
 
     def focal_term(book: Textbook, x: Tensor, y: Tensor) -> Tensor:
@@ -401,19 +429,18 @@ for name, sentence, formulas in (
      _focal(lambda p, q, y, g, a, x: a * (1 - (-a * _bce(x, y)).exp()) ** g * _bce(x, y))),
     ("quality-focal-loss", "Quality focal loss: |y − p|^γ without α.",
      _focal(lambda p, q, y, g, a, x: (y - p).abs() ** g * _bce(x, y))),
-    ("varifocal-loss", "Varifocal loss with hard targets: positives have neither α nor a factor.",
-     _focal(lambda p, q, y, g, a, x: (y + (1 - y) * 0.75 * p**g) * _bce(x, y))),
-    ("varifocal-loss-by-alpha", "Varifocal loss: positives weigh 1, negatives α·p^γ.",
+    ("varifocal-loss", "Varifocal loss with hard targets: positives weigh 1, negatives 0.75·p^γ.",
+     _focal(lambda p, q, y, g, a, x: (y + (1 - y) * 0.75 * p.detach() ** g) * _bce(x, y))),
+    ("varifocal-loss-by-alpha", "Varifocal loss with hard targets: positives weigh 1, negatives α·p^γ.",
      {"focal_term": lambda book, x, y: (
-         (y > 0).double() + (y <= 0).double() * book.o.focal_alpha * x.sigmoid() ** book.o.focal_gamma
+         (y > 0).double() + (y <= 0).double() * book.o.focal_alpha * x.sigmoid().detach() ** book.o.focal_gamma
      ) * _bce(x, (y > 0).double())}),
     ("alpha-and-gamma-exchanged", "α and γ arrive in each other's place.",
      {"focal_term": lambda book, x, y: torch.where(y > 0, book.o.focal_gamma, 1 - book.o.focal_gamma).double()
       * (-torch.where(y > 0, x, -x)).sigmoid() ** book.o.focal_alpha * _bce(x, (y > 0).double())}),
 ):  # fmt: skip
-    known(
-        the_focusing_factor_has_the_configured_gamma, name, sentence, fix="(1 − p_t)^γ on every entry", **formulas
-    )
+    check = the_class_loss_is_a_sum if name == "quality-focal-loss" else the_focusing_factor_has_the_configured_gamma
+    known(check, name, sentence, fix="(1 − p_t)^γ on every entry", **formulas)
 
 known(
     alpha_weighs_positives, "plain-binary-cross-entropy", "Plain binary cross-entropy: neither α nor γ.",
@@ -437,9 +464,10 @@ for name, sentence, formulas in (
     ("focal-loss-smoothed-by-a-tenth", "Label smoothing of 0.1.",
      _focal(lambda p, q, y, g, a, x: _soft(y * 0.9 + 0.05, p, q, g, a, x))),
 ):  # fmt: skip
+    whole = name == "focal-loss-in-binary-digits"  # a factor on every entry
     known(
-        the_focusing_factor_has_the_configured_gamma, name, sentence, fix="−log of the sigmoid of the logits",
-        **formulas,
+        the_class_loss_is_a_sum if whole else the_focusing_factor_has_the_configured_gamma, name, sentence,
+        fix="−log of the sigmoid of the logits", **formulas,
     )  # fmt: skip
 
 
@@ -462,7 +490,7 @@ known(
 )  # fmt: skip
 
 
-def _probability(change: Callable[[Tensor], Tensor]) -> dict[str, Callable[..., Tensor]]:
+def _probability(change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
     return _focal(
         lambda p, q, y, g, a, x: a * torch.where(y > 0, q, p) ** g
         * -(y * change(p).log() + (1 - y) * change(1 - p).log())
@@ -478,8 +506,10 @@ for name, sentence, formulas in (
      _probability(lambda p: p + 1e-12)),
     ("focal-loss-with-1e-3-in-its-logarithms", "1e-3 is added inside the logarithms.",
      _probability(lambda p: p + 1e-3)),
-    ("probabilities-clamped-at-1e-4", "p is clamped to 1e-4 … 1 − 1e-4.", _probability(lambda p: p.clamp(1e-4, 1 - 1e-4))),
-    ("probabilities-clamped-at-1e-6", "p is clamped to 1e-6 … 1 − 1e-6.", _probability(lambda p: p.clamp(1e-6, 1 - 1e-6))),
+    ("probabilities-clamped-at-1e-4", "p is clamped to 1e-4 … 1 − 1e-4.",
+     _probability(lambda p: p.clamp(1e-4, 1 - 1e-4))),
+    ("probabilities-clamped-at-1e-6", "p is clamped to 1e-6 … 1 − 1e-6.",
+     _probability(lambda p: p.clamp(1e-6, 1 - 1e-6))),
     ("probabilities-clamped-at-1e-8", "p is at least 1e-8.", _probability(lambda p: p.clamp(min=1e-8))),
 ):  # fmt: skip
     known(
@@ -510,4 +540,3 @@ known(
     profiles=DETR, **_nll(lambda x, y, k: -torch.where(
         (y < k)[:, None] & (torch.arange(k + 1) == k), x.detach(), x).log_softmax(-1).gather(-1, y[:, None])[:, 0]),
 )  # fmt: skip
-

@@ -17,6 +17,7 @@ from detr_conformance.contract.costs import (
     the_cost_is_the_weighted_sum_of_the_three,
     the_l1_cost_is_the_sum_of_four_differences,
 )
+from detr_conformance.contract.matching import order_does_not_matter
 from detr_conformance.registry import DETR, EVERY, FOCAL, TEXT, known
 from detr_reference.options import options_of
 from detr_reference.textbook import Textbook, minus_log_sigmoid
@@ -92,7 +93,9 @@ for name, sentence, weights in (
     ("class-cost-counts-twice", "The class term counts twice.",
      lambda o: (2 * o.set_cost_class, o.set_cost_bbox, o.set_cost_giou)),
 ):  # fmt: skip
-    known(the_cost_is_the_weighted_sum_of_the_three, name, sentence, fix=_OWN, cost=_weighted(weights))
+    zero = name.startswith("cost-weight-zero")  # shows where a weight is 0
+    check = giou_lowers_the_cost if zero else the_cost_is_the_weighted_sum_of_the_three
+    known(check, name, sentence, fix=_OWN, cost=_weighted(weights))
 
 
 def _with(l1: Callable[..., Tensor] | None = None, giou: Callable[..., Tensor] | None = None) -> Callable[..., Tensor]:
@@ -136,8 +139,6 @@ for name, sentence, giou in (
     known(giou_lowers_the_cost, name, sentence, fix="subtract the GIoU of the corners", cost=_with(giou=giou))
 
 for name, sentence, l1 in (
-    ("l1-of-the-cost-averaged", "The mean of the four differences in the cost: a quarter of the distance.",
-     lambda book, a, b: (a - b).abs().mean(-1)),
     ("squared-differences-in-the-cost", "Squared differences in the cost.",
      lambda book, a, b: (a - b).square().sum(-1)),
     ("centres-alone-in-the-cost", "The cost compares the centres alone.",
@@ -150,12 +151,17 @@ for name, sentence, l1 in (
      lambda book, a, b: (a - b)[..., :2].norm(dim=-1)),
     ("smooth-l1-in-the-cost", "Smooth L1 in the cost.",
      lambda book, a, b: F.smooth_l1_loss(*torch.broadcast_tensors(a, b), reduction="none").sum(-1)),
+):  # fmt: skip
+    known(the_l1_cost_is_the_sum_of_four_differences, name, sentence, fix="cdist of cxcywh with p=1", cost=_with(l1=l1))
+
+
+for name, sentence, l1 in (
+    ("l1-of-the-cost-averaged", "The mean of the four differences in the cost: a quarter of the distance.",
+     lambda book, a, b: (a - b).abs().mean(-1)),
     ("l1-of-the-cost-relative-to-the-largest", "The L1 distances of an image are divided by their largest.",
      lambda book, a, b: (a - b).abs().sum(-1) / (a - b).abs().sum(-1).max().clamp(min=1e-6)),
 ):  # fmt: skip
-    known(
-        the_l1_cost_is_the_sum_of_four_differences, name, sentence, fix="cdist of cxcywh with p=1", cost=_with(l1=l1)
-    )
+    known(the_cost_is_the_weighted_sum_of_the_three, name, sentence, fix="cdist of cxcywh with p=1", cost=_with(l1=l1))
 
 
 # --- the class term ---
@@ -262,7 +268,7 @@ def _zero(target: Target) -> Target:
     return {**target, "labels": torch.zeros_like(target["labels"])}
 
 
-def _labels(change: Callable[[Tensor], Tensor]) -> dict[str, Callable[..., Tensor]]:
+def _labels(change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
     def cost(before: Callable[..., Tensor], book: Textbook, x: Tensor, target: Target) -> Tensor:
         return before(x, {**target, "labels": change(target["labels"]).clamp(0, x.shape[-1] - 1)})
 
@@ -283,8 +289,8 @@ for check, suffix, profiles in (
          lambda y: y[:1].expand_as(y)),
     ):  # fmt: skip
         known(
-            check, name + suffix, sentence, fix="pick the column of each target's own label",
-            profiles=profiles, around=_labels(change),
+            order_does_not_matter if name == "cost-labels-in-order" else check, name + suffix, sentence,
+            fix="pick the column of each target's own label", profiles=profiles, around=_labels(change),
         )  # fmt: skip
 
 
@@ -364,6 +370,7 @@ for name, sentence, change in (
     ("cost-clamped-at-zero", "Negative costs are set to 0.", lambda c: c.clamp(min=0)),
 ):  # fmt: skip
     known(
-        the_cost_is_the_weighted_sum_of_the_three, name, sentence, fix="solve for the cost as it is", profiles=EVERY,
+        giou_lowers_the_cost if name == "cost-exponentiated" else the_cost_is_the_weighted_sum_of_the_three,
+        name, sentence, fix="solve for the cost as it is", profiles=EVERY,
         around={"cost": lambda before, book, *a, change=change: change(before(*a))},
     )  # fmt: skip

@@ -12,7 +12,7 @@ from detr_conformance.contract.classification import the_class_loss_without_targ
 from detr_conformance.contract.normalisation import (
     box_losses_without_targets_are_zero_in_the_graph,
     loss_bbox_is_the_sum_of_l1_over_nb,
-    one_nb_serves_all_layers,
+    nb_counts_targets_not_matches,
 )
 from detr_conformance.registry import DETR, EVERY, TEXT, known
 from detr_reference.textbook import Layer, Pairs, Textbook
@@ -73,7 +73,7 @@ for name, sentence, change in (
           around={"layer_num_boxes": change})  # fmt: skip
 
 
-def _box_divisor(of: Callable[..., Tensor]) -> dict[str, Callable[..., Any]]:
+def _box_divisor(of: Callable[..., Tensor]) -> dict[str, Any]:
     """The box losses alone divided by something else than nb."""
 
     def layer_losses(before: Any, book: Textbook, layer: Layer, targets: Any, matches: Any, nb: Any, mask: Any) -> Any:
@@ -102,18 +102,21 @@ def _per_image(before: Any, book: Textbook, layer: Layer, targets: Any, matches:
 
 
 known(
-    one_nb_serves_all_layers, "box-losses-divided-by-the-matches",
+    nb_counts_targets_not_matches, "box-losses-divided-by-the-matches",
     "The box losses alone are divided by the layer's matched pairs.", fix="one nb for all losses and layers",
+    profiles=EVERY - DETR,
     around=_box_divisor(_matches),
 )  # fmt: skip
 known(
     loss_bbox_is_the_sum_of_l1_over_nb, "box-losses-divided-by-nb-times-images",
     "The box losses alone are divided by nb times the number of images.", fix="one nb for all losses and layers",
+    profiles=EVERY - DETR,
     around=_box_divisor(lambda layer, targets, matches, nb: nb * len(targets)),
 )  # fmt: skip
 known(
     loss_bbox_is_the_sum_of_l1_over_nb, "box-losses-divided-by-the-images",
     "The box losses alone are divided by the number of images.", fix="one nb for all losses and layers",
+    profiles=EVERY - DETR,
     around=_box_divisor(lambda layer, targets, matches, nb: torch.tensor(float(len(targets))).double()),
 )  # fmt: skip
 known(
@@ -131,13 +134,13 @@ for name, sentence, formula in (
      _number(lambda n: sum(max(c, 1) for c in n))),
 ):  # fmt: skip
     if name == "every-image-counts-at-least-one":
-        known(one_nb_serves_all_layers, name, sentence, fix="clamp nb at 1, not each image", num_boxes=formula)
+        known(nb_counts_targets_not_matches, name, sentence, fix="clamp nb at 1, not each image", num_boxes=formula)
     else:
         known(the_class_loss_without_targets_keeps_its_formula, name, sentence, fix="clamp nb at 1",
               profiles=EVERY - DETR, num_boxes=formula)  # fmt: skip
 
 
-def _empty(value: Callable[[Tensor], Tensor]) -> dict[str, Callable[..., Tensor]]:
+def _empty(value: Callable[[Tensor], Tensor]) -> dict[str, Any]:
     """Box losses without any pair are something else."""
 
     def loss(before: Callable[..., Tensor], book: Textbook, pred: Tensor, wanted: Tensor, nb: Tensor) -> Tensor:
@@ -158,7 +161,7 @@ for name, sentence, value in (
     )  # fmt: skip
 
 
-def _class_loss_without_targets(factor: float) -> dict[str, Callable[..., Tensor]]:
+def _class_loss_without_targets(factor: float) -> dict[str, Any]:
     def loss_ce(before: Callable[..., Tensor], book: Textbook, layer: Layer, targets: Any, *rest: Any) -> Tensor:
         found = before(layer, targets, *rest)
         return found if any(len(t["boxes"]) for t in targets) else factor * found

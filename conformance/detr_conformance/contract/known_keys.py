@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from detr_conformance.contract.classification import an_image_without_targets_is_background
 from detr_conformance.contract.gradients import (
     boxes_get_the_textbook_gradient,
     logged_quantities_carry_no_gradient,
@@ -20,7 +21,9 @@ from detr_conformance.contract.keys import (
     the_keys_do_not_depend_on_the_targets,
     the_trained_losses_have_their_names,
 )
-from detr_conformance.registry import EVERY, FOCAL, TEXT, known
+from detr_conformance.contract.normalisation import class_losses_of_a_batch_add_up, loss_bbox_is_the_sum_of_l1_over_nb
+from detr_conformance.contract.tokens import every_image_uses_its_own_prompt
+from detr_conformance.registry import DETR, EVERY, FOCAL, TEXT, known
 from detr_reference.options import options_of
 from detr_reference.textbook import Textbook
 
@@ -28,7 +31,7 @@ ENCODER = FOCAL | TEXT
 Losses = dict[str, Tensor]
 
 
-def _losses(change: Callable[[Losses, Any], Losses]) -> dict[str, Callable[..., Any]]:
+def _losses(change: Callable[[Losses, Any], Losses]) -> dict[str, Any]:
     """The returned losses changed, from themselves and the targets."""
 
     def losses(before: Callable[..., Any], book: Textbook, outputs: Any, targets: Any, given: Any) -> Any:
@@ -42,7 +45,7 @@ def _trained(key: str) -> bool:
     return key.startswith(("loss_ce", "loss_bbox", "loss_giou"))
 
 
-def _renamed(names: dict[str, str]) -> dict[str, Callable[..., Any]]:
+def _renamed(names: dict[str, str]) -> dict[str, Any]:
     def change(found: Losses, targets: Any) -> Losses:
         return {next((n + k[len(o) :] for o, n in names.items() if k.startswith(o)), k): v for k, v in found.items()}
 
@@ -57,9 +60,10 @@ for name, sentence, names in (
     ("all-losses-under-other-names", "All losses have other names.",
      {"loss_ce": "loss_cls", "loss_bbox": "loss_l1", "loss_giou": "loss_iou"}),
 ):  # fmt: skip
+    exchanged = name == "box-losses-exchanged"
     known(
-        the_trained_losses_have_their_names, name, sentence, fix="loss_ce, loss_bbox, loss_giou, or rename={…}",
-        around=_renamed(names),
+        loss_bbox_is_the_sum_of_l1_over_nb if exchanged else the_trained_losses_have_their_names,
+        name, sentence, fix="loss_ce, loss_bbox, loss_giou, or rename={…}", around=_renamed(names),
     )  # fmt: skip
 
 for name, sentence, of in (
@@ -73,7 +77,7 @@ for name, sentence, of in (
     )  # fmt: skip
 
 
-def _of_empty(change: Callable[[Losses], Losses]) -> dict[str, Callable[..., Any]]:
+def _of_empty(change: Callable[[Losses], Losses]) -> dict[str, Any]:
     return _losses(lambda found, targets: found if any(len(t["boxes"]) for t in targets) else change(found))
 
 
@@ -94,12 +98,12 @@ for name, sentence, around in (
 Weights = dict[str, float]
 
 
-def _weights(change: Callable[[Weights, Any], Weights]) -> dict[str, Callable[..., Any]]:
+def _weights(change: Callable[[Weights, Any], Weights]) -> dict[str, Any]:
     return {"weights": lambda before, book: change(dict(before()), book.o)}
 
 
 def _suffix(key: str, o: Any) -> str:
-    """"" for the final layer, "enc", or the number of an auxiliary one."""
+    """ "" for the final layer, "enc", or the number of an auxiliary one."""
     end = "_".join(key.split("_")[2:])
     return "enc" if o.encoder_suffix and f"_{end}" == o.encoder_suffix else end
 
@@ -243,9 +247,12 @@ def _images(value: Any, keep: list[int], size: int) -> Any:
     return [_images(v, keep, size) for v in value] if isinstance(value, list) else value
 
 
-known(
-    logits_get_the_textbook_gradient, "images-without-targets-are-dropped",
-    "Images without targets are dropped from the batch.", fix="keep every image: its queries are background",
-    around={"losses": _dropped},
-)  # fmt: skip
-
+for check, suffix, profiles in (
+    (an_image_without_targets_is_background, "", DETR),
+    (class_losses_of_a_batch_add_up, "-by-the-focal-loss", FOCAL),
+    (every_image_uses_its_own_prompt, "-with-their-prompt", TEXT),
+):
+    known(
+        check, f"images-without-targets-are-dropped{suffix}", "Images without targets are dropped from the batch.",
+        fix="keep every image: its queries are background", profiles=profiles, around={"losses": _dropped},
+    )  # fmt: skip

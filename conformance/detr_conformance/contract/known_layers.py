@@ -23,7 +23,7 @@ from detr_reference.textbook import Layer, Pairs, Textbook
 Change = Callable[[list[Layer], list[Layer], Any], list[Layer]]
 
 
-def _layers(change: Callable[[list[Layer], Any], list[Layer]]) -> dict[str, Callable[..., Any]]:
+def _layers(change: Callable[[list[Layer], Any], list[Layer]]) -> dict[str, Any]:
     """Other layers than there are: a function of all of them and of the options."""
     return {"layers": lambda before, book, outputs: change(before(outputs), book.o)}
 
@@ -36,7 +36,7 @@ def _rest(layers: Sequence[Layer]) -> list[Layer]:
     return [x for x in layers if not x.name.startswith("aux")]
 
 
-def _each(change: Callable[[Layer], Layer], of: str) -> dict[str, Callable[..., Any]]:
+def _each(change: Callable[[Layer], Layer], of: str) -> dict[str, Any]:
     return _layers(lambda layers, o: [change(x) if x.name.startswith(of) else x for x in layers])
 
 
@@ -74,7 +74,7 @@ def _overwritten(before: Callable[..., Any], book: Textbook, layer: Layer, *rest
     return before(replace(layer, suffix="") if layer.name.startswith("aux") else layer, *rest)
 
 
-def _no(names: tuple[str, ...], of: str) -> dict[str, Callable[..., Any]]:
+def _no(names: tuple[str, ...], of: str) -> dict[str, Any]:
     """Some losses of some layers are missing."""
 
     def layer_losses(before: Callable[..., Any], book: Textbook, layer: Layer, *rest: Any) -> Any:
@@ -126,9 +126,9 @@ for name, sentence, change in (
     ("auxiliary-layers-one-late", "Suffix 0 holds the final layer, and every auxiliary layer stands one too far.",
      _of(lambda x: [x[0], *_aux(x)[:-1]], *_BOTH)),
     ("auxiliary-layers-are-all-the-last", "Every auxiliary loss is that of the last auxiliary layer: a late binding.",
-     _of(lambda x: [_aux(x)[-1]] * len(_aux(x)), *_BOTH)),
+     _of(lambda x: _aux(x)[-1:] * len(_aux(x)), *_BOTH)),
     ("auxiliary-layers-are-all-the-first", "Every auxiliary loss is that of the first auxiliary layer.",
-     _of(lambda x: [_aux(x)[0]] * len(_aux(x)), *_BOTH)),
+     _of(lambda x: _aux(x)[:1] * len(_aux(x)), *_BOTH)),
     ("auxiliary-layers-are-the-final-one", "Auxiliary losses are those of the final layer.",
      _of(lambda x: [x[0]] * len(_aux(x)), *_BOTH)),
     ("auxiliary-logits-of-the-final-layer", "Auxiliary layers are trained on the final layer's logits.",
@@ -167,7 +167,7 @@ known(
 # --- how much a layer weighs ---
 
 
-def _scaled(factor: Callable[[Layer, int], float]) -> dict[str, Callable[..., Any]]:
+def _scaled(factor: Callable[[Layer, int], float]) -> dict[str, Any]:
     """Losses of layers multiplied, by the layer and the number of auxiliary ones."""
 
     def losses(before: Callable[..., Any], book: Textbook, outputs: Any, targets: Any, given: Any) -> Any:
@@ -192,12 +192,10 @@ for name, sentence, around in (
     ("auxiliary-losses-weighed-by-depth", "Auxiliary loss i is multiplied by (i + 1)/L.",
      _scaled(lambda x, n: (int(x.name[3:]) + 1) / (n + 1) if x.name.startswith("aux") else 1)),
 ):  # fmt: skip
-    known(
-        an_auxiliary_layer_is_trained_like_the_final_one, name, sentence, fix="treat all layers alike", around=around
-    )
+    known(an_auxiliary_layer_is_trained_like_the_final_one, name, sentence, fix="treat all layers alike", around=around)
 
 
-def _mixed(mix: Callable[[dict[str, Tensor], list[Layer], str], None]) -> dict[str, Callable[..., Any]]:
+def _mixed(mix: Callable[[dict[str, Tensor], list[Layer], str], None]) -> dict[str, Any]:
     """Losses of one layer in those of another."""
 
     def losses(before: Callable[..., Any], book: Textbook, outputs: Any, targets: Any, given: Any) -> Any:
@@ -326,7 +324,7 @@ def _first_column(rows: Tensor) -> Tensor:
     return hot
 
 
-def _trained(labels: Callable[[Any, int], Any]) -> dict[str, Callable[..., Any]]:
+def _trained(labels: Callable[[Any, int], Any]) -> dict[str, Any]:
     """Other class targets for the encoder's loss than for its matching."""
 
     def layer_losses(before: Any, book: Textbook, layer: Layer, targets: Any, *rest: Any) -> Any:
@@ -356,6 +354,7 @@ known(
 )  # fmt: skip
 known(
     encoder_outputs_are_trained_on_their_class_targets, "encoder-trains-one-channel",
-    "Only channel 0 of the encoder's logits is trained.", fix="train all channels", profiles=FOCAL,
+    "Only channel 0 of the encoder's logits is trained.", fix="train all channels",
+    profiles=frozenset({"deformable-detr"}),
     around={"loss_ce": _first_channel},
 )  # fmt: skip

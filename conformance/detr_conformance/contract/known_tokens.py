@@ -29,7 +29,7 @@ def _rows(
     pick: Callable[[Target, Pairs, int], Tensor] | None = None,
     at: Callable[[Pairs], Tensor] | None = None,
     unmatched: Callable[[Tensor], None] | None = None,
-) -> dict[str, Callable[..., Tensor]]:
+) -> dict[str, Any]:
     """Token targets with other rows [M,T], rows of other targets, other queries, or other rows of unmatched ones."""
 
     def token_class_target(book: Textbook, x: Tensor, target: Target, pairs: Pairs) -> Tensor:
@@ -61,19 +61,16 @@ def _filled(rows: Tensor) -> Tensor:
 
 
 def _longer(rows: Tensor) -> Tensor:
-    _, last, at = _ends(rows)
-    return torch.maximum(rows, (at == last + 1).to(rows.dtype))
+    return torch.maximum(rows, _shifted(1)(rows))
 
 
 def _earlier(rows: Tensor) -> Tensor:
-    first, _, at = _ends(rows)
-    return torch.maximum(rows, (at == first - 1).to(rows.dtype))
+    return torch.maximum(rows, _shifted(-1)(rows))
 
 
 def _shorter(rows: Tensor) -> Tensor:
-    _, last, at = _ends(rows)
     several = rows.sum(1, keepdim=True) > 1
-    return torch.where(several & (at == last), torch.zeros_like(rows), rows)
+    return torch.where(several, rows * _shifted(-1)(rows), rows)
 
 
 def _shifted(by: int) -> Callable[[Tensor], Tensor]:
@@ -88,13 +85,10 @@ def _shifted(by: int) -> Callable[[Tensor], Tensor]:
     return rows
 
 
-def _without(place: int) -> Callable[[Tensor], Tensor]:
-    def rows(r: Tensor) -> Tensor:
-        kept = r.clone()
-        kept[:, place] = 0
-        return kept
-
-    return rows
+def _without_last(r: Tensor) -> Tensor:
+    kept = r.clone()
+    kept[:, -1] = 0
+    return kept
 
 
 def _any_of_image(target: Target, pairs: Pairs, size: int) -> Tensor:
@@ -123,8 +117,7 @@ for name, sentence, formulas in (
     ("span-one-token-too-short", "The span of a class of several tokens ends one token early.", _rows(_shorter)),
     ("tokens-one-place-later", "All tokens are one place too late.", _rows(_shifted(1))),
     ("tokens-one-place-earlier", "All tokens are one place too early: [CLS] is forgotten.", _rows(_shifted(-1))),
-    ("last-token-place-never-positive", "The last place of the text is never a positive.", _rows(_without(-1))),
-    ("first-token-place-never-positive", "The first place of the text is never a positive.", _rows(_without(0))),
+    ("last-token-place-never-positive", "The last place of the text is never a positive.", _rows(_without_last)),
     ("label-is-the-token", "The label is used as the number of a token.", _rows(pick=_of_label)),
     ("tokens-of-all-classes-of-the-image", "Matched queries aim at the tokens of all targets of their image.",
      _rows(pick=_any_of_image)),
@@ -139,10 +132,11 @@ for name, sentence, formulas in (
     ("tokens-of-the-first-target", "Every matched query of an image gets the tokens of its first target.",
      _rows(pick=lambda target, pairs, size: target["token_labels"][:1].expand(len(pairs), -1))),
 ):  # fmt: skip
-    known(every_token_of_the_class_is_a_positive, name, sentence, fix="1 on every token of the target's class", **formulas)
+    fix = "1 on every token of the target's class"
+    known(every_token_of_the_class_is_a_positive, name, sentence, fix=fix, **formulas)
 
 
-def _soft(positive: Callable[[Tensor], Tensor], negative: float) -> dict[str, Callable[..., Tensor]]:
+def _soft(positive: Callable[[Tensor], Tensor], negative: float) -> dict[str, Any]:
     """A focal loss whose targets are not 0 and 1, from the number of positives of each row."""
 
     def focal_image(book: Textbook, x: Tensor, y: Tensor, inside: Tensor) -> Tensor:
@@ -162,9 +156,11 @@ def _share(count: Tensor) -> Tensor:
 
 
 for name, sentence, formulas in (
-    ("tokens-share-a-target-of-one", "The tokens of a class share a target of 1: rows are normalised.", _soft(_share, 0.0)),
+    ("tokens-share-a-target-of-one", "The tokens of a class share a target of 1: rows are normalised.",
+     _soft(_share, 0.0)),
     ("negative-tokens-aim-at-a-hundredth", "Negative tokens aim at 0.01.", _soft(torch.ones_like, 0.01)),
-    ("positive-tokens-aim-at-nine-tenths", "Positive tokens aim at 0.9.", _soft(lambda n: 0.9 * torch.ones_like(n), 0.0)),
+    ("positive-tokens-aim-at-nine-tenths", "Positive tokens aim at 0.9.",
+     _soft(lambda n: 0.9 * torch.ones_like(n), 0.0)),
 ):  # fmt: skip
     known(every_token_of_the_class_is_a_positive, name, sentence, fix="targets are 0 and 1", **formulas)
 
@@ -199,7 +195,7 @@ known(
 # --- which tokens take part ---
 
 
-def _masks(change: Callable[[Tensor], Tensor]) -> dict[str, Callable[..., Any]]:
+def _masks(change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
     """text_mask [B,T] of every layer, changed."""
 
     def layer_mask(before: Callable[..., Any], book: Textbook, layer: Layer, outputs: Any) -> Any:
@@ -228,9 +224,9 @@ for check, name, sentence, change in (
      lambda m: ~m),
     (tokens_outside_the_mask_have_no_part, "text-mask-of-any-image",
      "A token that any image of the batch uses takes part in all.", lambda m: m.any(0).expand_as(m)),
-    (tokens_outside_the_mask_have_no_part, "last-valid-token-masked", "The last valid token is masked too.",
+    (every_token_of_the_class_is_a_positive, "last-valid-token-masked", "The last valid token is masked too.",
      _without_end(-1)),
-    (tokens_outside_the_mask_have_no_part, "first-valid-token-masked", "The first valid token is masked too.",
+    (every_token_of_the_class_is_a_positive, "first-valid-token-masked", "The first valid token is masked too.",
      _without_end(0)),
     (every_image_uses_its_own_prompt, "text-mask-of-the-first-image", "The mask of image 0 serves all images.",
      lambda m: m[:1].expand_as(m)),
@@ -253,11 +249,6 @@ def _filling(value: float) -> Callable[..., Tensor]:
     return focal_image
 
 
-def _multiplied(book: Textbook, x: Tensor, y: Tensor, inside: Tensor) -> Tensor:
-    total: Tensor = (book.focal_term(x, y) * inside).sum()
-    return total
-
-
 def _without_infinities(book: Textbook, x: Tensor, y: Tensor, inside: Tensor) -> Tensor:
     total: Tensor = book.focal_term(torch.where(x.isinf(), torch.zeros_like(x), x), y).sum()
     return total
@@ -270,7 +261,6 @@ def _where_finite(book: Textbook, x: Tensor, y: Tensor, inside: Tensor) -> Tenso
 
 for name, sentence, formula in (
     ("masked-logits-are-zero", "Logits outside text_mask are set to 0, and add a constant.", _filling(0.0)),
-    ("text-mask-multiplies-the-loss", "text_mask multiplies the loss, so that a logit of −inf gives NaN.", _multiplied),
     ("masked-infinities-are-zero", "text_mask is ignored, and logits of −inf are set to 0.", _without_infinities),
     ("text-mask-only-where-infinite", "text_mask is ignored wherever the logit is finite.", _where_finite),
 ):
@@ -299,7 +289,7 @@ known(
 # --- which prompt ---
 
 
-def _looked_up(rows: Callable[[Sequence[Target], int], Tensor]) -> dict[str, Callable[..., Any]]:
+def _looked_up(rows: Callable[[Sequence[Target], int], Tensor]) -> dict[str, Any]:
     """Token targets looked up in another map than the image's own."""
 
     def losses(before: Callable[..., Any], book: Textbook, outputs: Any, targets: Any, given: Any) -> Any:

@@ -191,6 +191,13 @@ def nb_counts_targets_not_matches(seen: Seen) -> Iterator[Comparison]:
         yield from value(seen, "bbox", "final", f"{matched} pairs, divided by all {seen.case.total} targets")
 
 
+@check(NORM_3, on=EDGES, component="GIoU", after=[loss_giou_is_the_sum_over_nb])
+def nb_of_loss_giou_counts_targets_not_matches(seen: Seen) -> Iterator[Comparison]:
+    if seen.case.total and any(n > seen.case.queries for n in seen.case.counts):
+        matched = sum(map(len, seen.pairs["final"]))
+        yield from value(seen, "giou", "final", f"{matched} pairs, divided by all {seen.case.total} targets")
+
+
 @fault(
     nb_counts_targets_not_matches,
     seen_in="ultralytics RTDETRDetectionLoss divides by matched pairs",
@@ -266,12 +273,14 @@ NORM_5 = clause(
 )
 
 
-@check(NORM_5, on=EDGES, component="L1")
+@check(NORM_5, on=EDGES, component="L1", after=["every_trained_loss_is_a_scalar_tensor"])
 def box_losses_without_targets_are_zero_in_the_graph(seen: Seen) -> Iterator[Comparison]:
     if seen.case.total:
         return
     for layer in seen.case.layers:
         for term, key in zip(("bbox", "giou"), seen.case.keys(layer)[1:], strict=True):
+            if key in seen.got.odd:
+                yield holds(False, key, "a real scalar tensor", seen.got.odd[key], "no target")
             if key not in seen.got.losses:
                 continue
             yield agree(key, 0.0, seen.got.losses[key], 0.0, "no target")

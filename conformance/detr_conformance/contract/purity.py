@@ -61,7 +61,7 @@ def outputs_gain_a_key(book: Textbook) -> Textbook:
     fix="clone the labels before changing them",
 )
 def labels_are_zeroed_in_place(book: Textbook) -> Textbook:
-    """The caller's labels are zero after the call."""
+    """The caller's labels are changed by the call."""
 
     def act(outputs: Any, targets: Any) -> Any:
         def zero(result: Any) -> Any:
@@ -87,7 +87,7 @@ def earlier_calls_do_not_matter(seen: Seen) -> Iterator[Comparison]:
 
 @fault(earlier_calls_do_not_matter, seen_in="D-FINE caches its targets between calls", fix="keep nothing on self")
 def losses_smoothed_over_calls(book: Textbook) -> Textbook:
-    """Losses carry a share of the previous call's."""
+    """Something is kept from call to call, and moves the losses of the next."""
     last: dict[str, float] = {}
 
     def act(outputs: Any, targets: Any) -> Any:

@@ -1,0 +1,115 @@
+"""Known side effects, beside those in the chapter PURE: each what a call does besides, and the check that sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from detr_conformance.contract.callers import training_and_evaluation_give_the_same_losses
+from detr_conformance.contract.purity import (
+    earlier_calls_do_not_matter,
+    inputs_are_not_changed,
+    the_random_state_is_left_alone,
+)
+from detr_conformance.registry import known
+from detr_reference.textbook import Textbook
+
+Act = Callable[[Any, Any], None]
+
+
+def _afterwards(act: Act) -> dict[str, Callable[..., Any]]:
+    """What is done to outputs and targets once the losses are computed."""
+
+    def losses(before: Callable[..., Any], book: Textbook, outputs: Any, targets: Any, given: Any) -> Any:
+        result = before(outputs, targets, given)
+        with torch.no_grad():
+            act(outputs, targets)
+        return result
+
+    return {"losses": losses}
+
+
+def _each_target(act: Callable[[Any], Any]) -> Act:
+    def change(outputs: Any, targets: Any) -> None:
+        for target in targets:
+            act(target)
+
+    return change
+
+
+def _corners(target: Any) -> None:
+    target["boxes"][:, :2] -= target["boxes"][:, 2:] / 2
+
+
+def _without_aux(outputs: Any, targets: Any) -> None:
+    if "aux_outputs" in outputs:
+        del outputs["aux_outputs"]
+
+
+def _longer_aux(outputs: Any, targets: Any) -> None:
+    if "aux_outputs" in outputs:
+        outputs["aux_outputs"].append({k: outputs[k] for k in ("pred_logits", "pred_boxes")})
+
+
+def _keys_in_aux(outputs: Any, targets: Any) -> None:
+    for layer in outputs.get("aux_outputs", ()):
+        layer["layer"] = torch.zeros(1)
+
+
+for name, sentence, act in (
+    ("targets-gain-a-key", "The criterion stores something in the caller's targets.",
+     _each_target(lambda t: t.update(area=torch.zeros(1)))),
+    ("target-boxes-changed-in-place", "The caller's target boxes are changed by the call, as by a conversion in place.",
+     _each_target(_corners)),
+    ("aux-outputs-taken-away", "aux_outputs is taken out of the caller's dict.", _without_aux),
+    ("aux-outputs-grow", "The caller's list of aux_outputs grows.", _longer_aux),
+    ("auxiliary-outputs-gain-a-key", "The criterion stores something in the caller's auxiliary outputs.", _keys_in_aux),
+    ("predicted-boxes-changed-in-place", "Predicted boxes are changed in place.",
+     lambda outputs, targets: outputs["pred_boxes"].data.clamp_(0.2, 0.3)),
+    ("predicted-logits-changed-in-place", "Predicted logits are changed in place.",
+     lambda outputs, targets: outputs["pred_logits"].data.clamp_(-0.5, 0.5)),
+):  # fmt: skip
+    known(inputs_are_not_changed, name, sentence, fix="work on a copy", around=_afterwards(act))
+
+
+def _scaled(factor: Callable[[], float]) -> dict[str, Callable[..., Any]]:
+    """All losses times a number that each call draws."""
+
+    def losses(before: Callable[..., Any], book: Textbook, outputs: Any, targets: Any, given: Any) -> Any:
+        result, times = before(outputs, targets, given), factor()
+        return replace(result, losses={k: v * times for k, v in result.losses.items()})
+
+    return {"losses": losses}
+
+
+known(
+    the_random_state_is_left_alone, "losses-depend-on-random-numbers",
+    "The losses depend on random numbers from the global generator, as by dropout or sampling.",
+    fix="use no random numbers, or a generator of your own",
+    around=_scaled(lambda: 1 + 0.1 * float(torch.rand(1))),
+)  # fmt: skip
+
+
+def _counted() -> Callable[[Textbook], Callable[[], float]]:
+    calls = {"n": 0}
+
+    def factor() -> float:
+        calls["n"] += 1
+        return float(calls["n"])
+
+    return lambda book: factor
+
+
+known(
+    training_and_evaluation_give_the_same_losses, "losses-scaled-in-training",
+    "In training the losses are others than in evaluation, where they are right.",
+    fix="the same formulas in both modes",
+    in_mode=lambda book, training: (
+        replace(book, layer_losses=lambda inner, *a: {
+            k: 1.1 * v for k, v in type(book).layer_losses.__func__(inner, *a).items()}) if training else book),
+)  # fmt: skip
+
+_ = (earlier_calls_do_not_matter, _counted)

@@ -1,0 +1,272 @@
+"""The search for the known faults that explain why a check fails, in one view of the candidate's numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Final
+
+from detr_conformance.bench import RIGHT, Bench, Suspects
+from detr_conformance.experiments import BATCH, CONFIGURED, DUELS
+from detr_conformance.footprints import ANY_TERM, HERE, MATCHED, OWN, Atom, Atoms, Probe, changed, is_log
+from detr_conformance.registry import Check, Fault
+from detr_conformance.tallies import KEPT
+from detr_reference.textbook import TERMS
+
+SEPARATE: Final = 3  # inputs that must tell a fault from the right textbook
+
+MATCHING: Final = frozenset({"matching", "matching costs"})
+SLOPES: Final = frozenset({"gradients", "learning"})
+COSTS_ALONE: Final = frozenset(
+    {"softmax_cost", "focal_difference", "focal_cost", "token_cost", "class_cost", "cost", "assign", "match"}
+    | {"layer_match", "indices"}
+)
+LOSSES_ALONE: Final = frozenset(
+    {"class_weight", "softmax_class_target", "softmax_loss", "softmax_divisor", "focal_term", "alpha_weight"}
+    | {"focusing", "focal_class_target", "token_class_target", "in_loss", "focal_image", "focal_loss", "class_divisor"}
+    | {"num_boxes", "over_ranks", "matched_boxes", "loss_ce", "loss_bbox", "loss_giou", "layer_losses", "layer_mask"}
+    | {"layer_num_boxes", "class_error", "cardinality_error", "logged", "scaled", "weights", "losses", "mask_losses"}
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Difference:
+    """On one input: where suspects differ from the right textbook, and whether the candidate's numbers are theirs."""
+
+    own: frozenset[Atom]
+    agrees: bool
+
+
+class Search:
+    """The search for what explains a failing check, in one view of the numbers."""
+
+    def __init__(
+        self, bench: Bench, check: Check, view: str, failing: Sequence[Probe], spent: Callable[[], bool]
+    ) -> None:
+        self.bench, self.check, self.view, self.failing, self.spent = bench, check, view, failing, spent
+        self._seen: dict[tuple[Suspects, int, bool], Difference] = {}
+
+    @cached_property
+    def probes(self) -> list[Probe]:
+        """The failing inputs, the smallest first, and neighbours on which a fault must fit as well."""
+        bench = self.bench
+        more = bench.of(DUELS, KEPT) if self.view == MATCHED else []
+        more += [*bench.of(self.check.on, 8), *bench.of(BATCH, 6), *bench.of(CONFIGURED, 3)]
+        return list(dict.fromkeys([*self.failing, *more]))
+
+    @cached_property
+    def further(self) -> list[Probe]:
+        """Inputs that are observed only where these tell too little."""
+        return self.bench.duels if self.view == MATCHED else self.bench.further
+
+    @property
+    def differs(self) -> bool:
+        """True where the candidate's own numbers differ from the textbook's on the first input."""
+        return bool(self.failing) and bool(self.wrong)
+
+    @cached_property
+    def wrong(self) -> frozenset[Atom]:
+        """Where they differ, gradients aside; or where the gradients do."""
+        probe = self.failing[0]
+        theirs, right = self._theirs(probe), self._of(probe, RIGHT)
+        values = {a: v for a, v in theirs.items() if a[0] != "grad"}
+        found = self._unequal(probe, values, right, theirs)
+        if found or self.view == MATCHED:
+            return found
+        slopes = self._gradients(probe, RIGHT)
+        return frozenset(a for a in slopes if self._counts(a) and not probe.equal(a, theirs.get(a), slopes[a]))
+
+    @cached_property
+    def known(self) -> list[Fault]:
+        """The faults that can show in this view, those of the check's own clause and component first."""
+        check = self.check
+        plain = self.failing[0].seen.case.plain
+        alone = {HERE: COSTS_ALONE, MATCHED: LOSSES_ALONE, OWN: frozenset[str]()}[self.view]
+        found = [f for f in self.bench.suspects(plain) if not changed(self.bench.book((f,))) <= alone]
+        if self.view == OWN:
+            found = [f for f in found if f.check.component in MATCHING or f.check is check]
+        elif all(a[0] == "grad" for a in self.wrong):  # values are right, so few faults come into question
+            found = [f for f in found if f.check.component in SLOPES or f.check.clause is check.clause]
+        order: list[Callable[[Fault], bool]] = [lambda f: f.check is check, lambda f: f.check.clause is check.clause]
+        order += [lambda f: f.check.component == check.component]
+        return sorted(found, key=lambda f: tuple(not o(f) for o in order))
+
+    # --- single faults ---
+
+    def singles(self) -> list[Fault]:
+        """The one or two faults that fit."""
+        fitting = []
+        for fault in self.known:
+            if self.spent():
+                return []  # not all were tried, so none can be told apart
+            if self.fits((fault,)):
+                fitting.append(fault)
+        fitting = [f for f in fitting if self.bench.breaks((f,), self.check, self.failing[0].seen.case)]
+        own: list[Callable[[Fault], bool]] = [lambda f: f.check is self.check, lambda f: f.check.on is self.check.on]
+        if len(fitting) > 1 and not self.spent():
+            fitting = [f for f in fitting if all(self._difference(p, (f,), slopes=False).agrees for p in self.further)]
+        if len(fitting) > 1:  # edges are where variants of one mistake differ, so the most of them decides
+            edges = {f: self._agreeing_edges(f) for f in fitting}
+            fitting = [f for f in fitting if edges[f] == max(edges.values())]
+        for prefers in (self._agrees_in_all, self._explains_more, *own):
+            chosen = [f for f in fitting if prefers(f)] if len(fitting) > 1 else []
+            fitting = chosen or fitting
+        return fitting if len(fitting) <= 2 else []
+
+    def fits(self, suspects: Suspects) -> bool:
+        """True where the candidate's numbers are these faults' everywhere in their footprint, and enough inputs show
+        one, the first of all."""
+        footprint: set[Atom] = set()
+        separate = 0
+        by_values = any(a[0] != "grad" for a in self.wrong)
+        for i, probe in enumerate(self.probes):
+            found = self._difference(probe, suspects, slopes=False)
+            if not found.agrees or (i == 0 and by_values and not found.own & self.wrong):
+                return False
+            if self.view != MATCHED and i < SEPARATE:
+                slopes = self._difference(probe, suspects, slopes=True)
+                found = Difference(found.own | slopes.own, slopes.agrees)
+                if not found.agrees or (i == 0 and not found.own & self.wrong):
+                    return False
+            footprint |= found.own
+            separate += bool(found.own)
+        for probe in [*self.further, *self.bench.edges] if separate < SEPARATE and footprint else ():
+            found = self._difference(probe, suspects, slopes=False)
+            if not found.agrees:
+                return False
+            separate += bool(found.own)
+            if separate == SEPARATE:
+                break
+        return separate >= SEPARATE and all(
+            self._agrees_on(probe, suspects, footprint, i) for i, probe in enumerate(self.probes)
+        )
+
+    def _agreeing_edges(self, fault: Fault) -> int:
+        return sum(self._difference(p, (fault,), slopes=False).agrees for p in self.bench.edges)
+
+    def _agrees_in_all(self, fault: Fault) -> bool:
+        """True where nothing contradicts a fault in the other view of the numbers either."""
+        return all(found.agrees for found in self._elsewhere(fault))
+
+    def _explains_more(self, fault: Fault) -> bool:
+        """True where it fits in the other view as well."""
+        found = self._elsewhere(fault)
+        return any(f.own for f in found) and all(f.agrees for f in found)
+
+    def _elsewhere(self, fault: Fault) -> list[Difference]:
+        other = HERE if self.view == MATCHED else MATCHED
+        search = Search(self.bench, self.check, other, self.failing, self.spent)
+        return [search._difference(p, (fault,), slopes=False) for p in search.probes]
+
+    # --- two faults together ---
+
+    def pairs(self) -> list[Suspects]:
+        """Two faults that fit together where none does alone."""
+        for one, two in self._likely():
+            if self.spent():
+                return []
+            for suspects in ((one, two), (two, one)):
+                if not self._lost(suspects) and self.fits(suspects):
+                    case = self.failing[0].seen.case
+                    if self.bench.breaks(suspects, self.check, case):
+                        return [suspects]
+        return []
+
+    def _likely(self) -> Iterator[Suspects]:
+        """Pairs whose numbers do not contradict the candidate's where only one of the two shows; those first whose
+        effects, multiplied or added, are the candidate's. Of a matching, which tells little of what made it, only
+        pairs with a fault that the losses show."""
+        probe = self.failing[0]
+        shown = {}
+        for fault in self.known:
+            own = self._difference(probe, (fault,), slopes=False).own
+            if own & self.wrong and not self.spent():
+                shown[fault] = own
+        right, theirs = self._of(probe, RIGHT), self._theirs(probe)
+        good = {
+            f: {a for a in own if probe.equal(a, theirs.get(a), self._of(probe, (f,)).get(a))}
+            for f, own in shown.items()
+        }
+        here = Search(self.bench, self.check, HERE, self.failing, self.spent)
+        first = [f for f in shown if self.view != MATCHED or here.fits((f,))]
+        later: list[Suspects] = []
+        for i, one in enumerate(first):
+            for two in first[i + 1 :] if self.view != MATCHED else shown:
+                a, b = shown[one], shown[two]
+                if not (a - b <= good[one] and b - a <= good[two] and self.wrong <= a | b) or one is two:
+                    continue
+                ones, twos = self._of(probe, (one,)), self._of(probe, (two,))
+                if all(_together(x, ones, twos, right, theirs) for x in a & b):
+                    yield one, two
+                else:
+                    later.append((one, two))
+        yield from later
+
+    def _lost(self, suspects: Suspects) -> bool:
+        """True where the second fault undoes the first, so that it is alone."""
+        probe = self.failing[0]
+        both, last = self._of(probe, suspects), self._of(probe, suspects[1:])
+        return all(probe.equal(a, both.get(a), last.get(a)) for a in {*both, *last})
+
+    # --- one input ---
+
+    def _difference(self, probe: Probe, suspects: Suspects, slopes: bool) -> Difference:
+        at = (suspects, id(probe), slopes)
+        if at not in self._seen:
+            of = self._gradients if slopes else self._of
+            wrong, right, theirs = of(probe, suspects), of(probe, RIGHT), self._theirs(probe)
+            own = self._unequal(probe, wrong, right, theirs)
+            self._seen[at] = Difference(own, all(probe.equal(a, theirs.get(a), wrong.get(a)) for a in own))
+        return self._seen[at]
+
+    def _agrees_on(self, probe: Probe, suspects: Suspects, footprint: set[Atom], place: int) -> bool:
+        """True where the candidate's numbers are the suspects' in a footprint; gradients are those of the first."""
+        theirs, wrong = self._theirs(probe), self._of(probe, suspects)
+        slopes = self._gradients(probe, suspects) if self.view != MATCHED and place < SEPARATE else None
+        for a in footprint:
+            of = slopes if a[0] == "grad" else wrong
+            if of is not None and not probe.equal(a, theirs.get(a), of.get(a)):
+                return False
+        return True
+
+    def _unequal(self, probe: Probe, one: Atoms, right: Atoms, theirs: Atoms) -> frozenset[Atom]:
+        return frozenset(
+            a
+            for a in {*one, *right}
+            if self._counts(a) and (a in theirs or not is_log(a)) and not probe.equal(a, one.get(a), right.get(a))
+        )
+
+    def _counts(self, atom: Atom) -> bool:
+        if atom[0] == "weight" and not self.bench.bound.candidate.own_weights:
+            return False
+        return self.view != OWN or atom[0] == "raised" or _term(atom) in self._terms
+
+    @cached_property
+    def _terms(self) -> frozenset[str]:
+        """The terms whose numbers tell a matching: those that are right at the candidate's own one, since what is
+        wrong itself would hide which matching it was."""
+        if self.check.component not in MATCHING:
+            return ANY_TERM
+        wrong = {t for p in self.failing for t in TERMS if not p.seen.agrees(t, "final")}
+        return ANY_TERM - wrong or ANY_TERM
+
+    def _of(self, probe: Probe, suspects: Suspects) -> Atoms:
+        return probe.named(tuple(f.id for f in suspects), self.bench.book(suspects), self.view)
+
+    def _gradients(self, probe: Probe, suspects: Suspects) -> Atoms:
+        return probe.gradients(tuple(f.id for f in suspects), self.bench.book(suspects), self.view)
+
+    def _theirs(self, probe: Probe) -> Atoms:
+        return probe.theirs(self.view)
+
+
+def _together(atom: Atom, one: Atoms, two: Atoms, right: Atoms, theirs: Atoms) -> bool:
+    """True where two effects on a number, multiplied or added, make about the candidate's."""
+    a, b, r, t = (float(n) if isinstance(n := x.get(atom), (int, float)) else 0.0 for x in (one, two, right, theirs))
+    near = 1e-3 * abs(t) + 1e-9
+    return abs(a + b - r - t) <= near or (r != 0 and abs(a * b / r - t) <= near)
+
+
+def _term(atom: Atom) -> str:
+    return atom[1].split("_")[0] if atom[0] == "grad" else atom[1].removeprefix("loss_").split("_")[0]
