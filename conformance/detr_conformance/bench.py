@@ -111,7 +111,7 @@ class Bench:
             f
             for f in faults(self.bound.profile)
             if not f.check.on.numbers
-            and f.check.component not in BEHAVIOUR
+            and f.check.component not in BEHAVIOUR - {"precision"}
             and not (plain and f.check.component in PARTS)
         ]
 

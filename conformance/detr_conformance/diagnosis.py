@@ -50,9 +50,9 @@ class Diagnoser:
         failing = sorted((self.bench.probe(s) for s in tally.seen if not s.raised), key=_size)
         views = (MATCHED, HERE, OWN) if check.component in MATCHING else (HERE, MATCHED, OWN)
         if check.component in BEHAVIOUR:
-            behaves = self._by_behaviour(check, failing[:SEPARATE], spent)
+            behaves = self._by_behaviour(check, [s for s in tally.seen if not s.raised], spent)
             if behaves:
-                return _diagnosis([(f,) for f in behaves], min(len(failing), SEPARATE))
+                return _diagnosis([(f,) for f in behaves], SEPARATE)
         searches = [Search(self.bench, check, view, failing, spent) for view in views]
         for search in searches:
             if search.differs:
@@ -88,20 +88,23 @@ class Diagnoser:
                 fitting.append(fault)
         return _diagnosis([(f,) for f in fitting], len(cases)) if 1 <= len(fitting) <= 2 else None
 
-    def _by_behaviour(self, check: Check, probes: Sequence[Probe], spent: Callable[[], bool]) -> list[Fault]:
+    def _by_behaviour(self, check: Check, failing: Sequence[Seen], spent: Callable[[], bool]) -> list[Fault]:
         """By what the checks of the experiment say: which of them fail, and in what."""
-        own = [f for f in faults(self.bound.profile) if f.check.on is check.on]
+        profile, seen = self.bound.profile, list(failing[:SEPARATE])
+        if len(seen) < SEPARATE:
+            seen += [check.on.observe(self.bound, p.seen.case) for p in self.bench.further[: SEPARATE - len(seen)]]
+        if len(seen) < SEPARATE or not all(any(not c.ok for c in judged(check, s)) for s in seen):
+            return []
+        theirs = [_behaviour(s, profile, check) for s in seen]
         fitting = []
-        for fault in own if len(probes) == SEPARATE else ():
-            if spent():
-                return []
-            if all(self._behaves(check, fault, probe) for probe in probes):
-                fitting.append(fault)
+        for fault in faults(profile):
+            if fault.check.on is check.on:
+                if spent():
+                    return []
+                wrong = self.bench.bound_to(fault.apply(composed(RIGHT)))
+                ours = (_behaviour(check.on.observe(wrong, s.case), profile, check) for s in seen)
+                fitting += [fault] if all(t == o for t, o in zip(theirs, ours, strict=True)) else []
         return fitting if len(fitting) <= 2 else []
-
-    def _behaves(self, check: Check, fault: Fault, probe: Probe) -> bool:
-        seen = check.on.observe(self.bench.bound_to(fault.apply(composed(RIGHT))), probe.seen.case)
-        return _behaviour(seen, self.bound.profile, check) == _behaviour(probe.seen, self.bound.profile, check)
 
 
 def _diagnosis(found: Sequence[Suspects], tried: int) -> Diagnosis:

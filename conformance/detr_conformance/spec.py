@@ -24,6 +24,7 @@ CHAPTER_TITLES: Final = {
     "PURE": "side effects",
     "DEVICE": "accelerators",
     "DIST": "several ranks",
+    "BAD": "refusals",
     "LEARN": "learning",
 }
 SHORT: Final = {"detr": "D", "deformable-detr": "F", "dino": "O", "grounding-dino": "G"}

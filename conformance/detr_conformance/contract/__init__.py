@@ -31,11 +31,13 @@ CHAPTERS: Final = (
     "known_boxes",
     "known_costs",
     "known_matchings",
-    "known_classes",
+    "known_softmax",
+    "known_focal",
     "known_tokens",
     "known_divisors",
     "known_layers",
     "known_keys",
+    "known_effects",
 )
 
 

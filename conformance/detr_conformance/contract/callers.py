@@ -100,7 +100,7 @@ def training_and_evaluation_give_the_same_losses(seen: Seen) -> Iterator[Compari
     fix="compute the same in both modes",
 )
 def losses_halved_in_evaluation(book: Textbook) -> Textbook:
-    """In evaluation box losses are averaged with zero, as of a second group that is not there."""
+    """In evaluation the losses are others than in training, as if averaged with a second group that is not there."""
 
     def in_mode(inner: Textbook, training: bool) -> Textbook:
         right = book.under(inner.o)
