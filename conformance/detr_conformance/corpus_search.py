@@ -297,18 +297,20 @@ def _not_told_apart(job: tuple[Corpus, str]) -> list[tuple[str, str, str]]:
     """(profile, fault, other of its chapter) where on every stored case that kills the fault the other returns the
     same."""
     corpus, profile = job
-    own = [f for e in covered() for f in faults_on(e.name, profile)]
+    own = {f.id: f for e in covered() for f in faults_on(e.name, profile)}
+    others = {id: [g for g, other in own.items() if g != id and chapter(other) == chapter(f)] for id, f in own.items()}
     right = bind(candidate_of(textbook, profile))
-    found = []
-    for fault in own:
-        others = [g for g in own if g is not fault and chapter(g) == chapter(fault)]
-        for one in corpus.of(fault.check.on.name, profile):
-            if fault.id in one.kills[profile] and others:
-                case = made(one.inputs, right)
-                numbers = _numbers(fault, profile, case)
-                others = [g for g in others if not differ(numbers, _numbers(g, profile, case))]
-        found += [(profile, fault.id, g.id) for g in others]
-    return found
+    shown: set[str] = set()
+    for experiment in covered():
+        for one in corpus.of(experiment.name, profile):
+            case, kills = made(one.inputs, right), [id for id in one.kills[profile] if id in own]
+            shown |= set(kills)
+            kills = [id for id in kills if others[id]]
+            asked = {*kills, *chain.from_iterable(others[id] for id in kills)}
+            numbers = {id: _numbers(own[id], profile, case) for id in sorted(asked)}
+            for id in kills:
+                others[id] = [g for g in others[id] if not differ(numbers[id], numbers[g])]
+    return [(profile, id, g) for id in own if id in shown for g in others[id]]
 
 
 def _numbers(fault: Fault, profile: str, case: Case) -> Mapping[Any, Any]:

@@ -48,22 +48,19 @@ class Diagnoser:
             few = len(tally.cases) < SEPARATE  # each of these takes more than one call
             return None if few else self._by_numbers(check, tally.cases[:SEPARATE], spent)
         failing = sorted((self.bench.probe(s) for s in tally.seen if not s.raised), key=_size)
-        views = (MATCHED, HERE, OWN) if check.component in MATCHING else (HERE, MATCHED, OWN)
         if check.component in BEHAVIOUR:
             behaves = self._by_behaviour(check, [s for s in tally.seen if not s.raised], spent)
             if behaves:
                 return _diagnosis([(f,) for f in behaves], SEPARATE)
-        searches = [Search(self.bench, check, view, failing, spent) for view in views]
-        for search in searches:
-            if search.differs:
-                found = search.singles()
-                if found:
-                    return _diagnosis([(s,) for s in found], len(search.probes))
-        for search in searches[:2]:
-            pairs = search.pairs() if search.differs else []
-            if pairs:
-                return _diagnosis(pairs[:1], len(search.probes))
-        return None
+        at = {view: Search(self.bench, check, view, failing, spent) for view in (HERE, MATCHED, OWN)}
+        if check.component in MATCHING:
+            searches = [at[MATCHED].singles, at[HERE].singles, at[OWN].singles, at[MATCHED].pairs, at[HERE].pairs]
+        elif at[HERE].differs:  # some loss is wrong whatever is matched
+            searches = [at[HERE].singles, at[OWN].singles, at[HERE].pairs]
+        else:
+            searches = [at[MATCHED].singles, at[OWN].singles]
+        found = next((found for search in searches if (found := search())), [])
+        return _diagnosis(found, len(at[HERE].probes)) if found else None
 
     # --- what is no matter of numbers that one call returns ---
 

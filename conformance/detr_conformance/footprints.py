@@ -338,6 +338,12 @@ def changed(book: Textbook) -> frozenset[str]:
     return frozenset(name for name, formula in _FORMULAS.items() if getattr(book, name).__func__ is not formula)
 
 
+def wraps(book: Textbook) -> bool:
+    """True where a formula that a book replaces calls the one that it replaces, so that it matters which comes last."""
+    cells = (cell for name in changed(book) for cell in getattr(book, name).__func__.__closure__ or ())
+    return any(isinstance(c.cell_contents, Textbook) or c.cell_contents in _FORMULAS.values() for c in cells)
+
+
 _FORMULAS: Final = {n: getattr(textbook, n).__func__ for n in Textbook.__dataclass_fields__ if n != "o"}
 
 

@@ -9,7 +9,7 @@ from typing import Final
 
 from detr_conformance.bench import RIGHT, Bench, Suspects
 from detr_conformance.experiments import BATCH, CONFIGURED, DUELS
-from detr_conformance.footprints import ANY_TERM, HERE, MATCHED, OWN, Atom, Atoms, Probe, changed, is_log
+from detr_conformance.footprints import ANY_TERM, HERE, MATCHED, OWN, Atom, Atoms, Probe, changed, is_log, wraps
 from detr_conformance.registry import Check, Fault
 from detr_conformance.tallies import KEPT
 from detr_reference.textbook import TERMS
@@ -69,13 +69,15 @@ class Search:
     def wrong(self) -> frozenset[Atom]:
         """Where they differ, gradients aside; or where the gradients do."""
         probe = self.failing[0]
-        theirs, right = self._theirs(probe), self._of(probe, RIGHT)
-        values = {a: v for a, v in theirs.items() if a[0] != "grad"}
-        found = self._unequal(probe, values, right, theirs)
+        found = self._wrong_at(probe)
         if found or self.view == MATCHED:
             return found
-        slopes = self._gradients(probe, RIGHT)
+        theirs, slopes = self._theirs(probe), self._gradients(probe, RIGHT)
         return frozenset(a for a in slopes if self._counts(a) and not probe.equal(a, theirs.get(a), slopes[a]))
+
+    def _wrong_at(self, probe: Probe) -> frozenset[Atom]:
+        theirs = {a: v for a, v in self._theirs(probe).items() if a[0] != "grad"}
+        return self._unequal(probe, theirs, self._of(probe, RIGHT), theirs)
 
     @cached_property
     def known(self) -> list[Fault]:
@@ -94,9 +96,11 @@ class Search:
 
     # --- single faults ---
 
-    def singles(self) -> list[Fault]:
-        """The one or two faults that fit."""
-        fitting = []
+    def singles(self) -> list[Suspects]:
+        """The one or two faults that fit, each by itself."""
+        fitting: list[Fault] = []
+        if not self.differs:
+            return []
         for fault in self.known:
             if self.spent():
                 return []  # not all were tried, so none can be told apart
@@ -112,7 +116,7 @@ class Search:
         for prefers in (self._agrees_in_all, self._explains_more, *own):
             chosen = [f for f in fitting if prefers(f)] if len(fitting) > 1 else []
             fitting = chosen or fitting
-        return fitting if len(fitting) <= 2 else []
+        return [(f,) for f in fitting] if len(fitting) <= 2 else []
 
     def fits(self, suspects: Suspects) -> bool:
         """True where the candidate's numbers are these faults' everywhere in their footprint, and enough inputs show
@@ -163,25 +167,37 @@ class Search:
 
     def pairs(self) -> list[Suspects]:
         """Two faults that fit together where none does alone."""
+        if not self.differs:
+            return []
         for one, two in self._likely():
             if self.spent():
                 return []
-            for suspects in ((one, two), (two, one)):
+            for suspects in self._orders(one, two):
                 if not self._lost(suspects) and self.fits(suspects):
                     case = self.failing[0].seen.case
                     if self.bench.breaks(suspects, self.check, case):
                         return [suspects]
         return []
 
+    def _orders(self, one: Fault, two: Fault) -> list[Suspects]:
+        """The orders in which both can be in one book: what calls the formula that it replaces comes last."""
+        books = [self.bench.book((f,)) for f in (one, two)]
+        first, second = map(wraps, books)
+        if first and second:
+            return [(one, two), (two, one)]
+        if not first and not second and changed(books[0]) & changed(books[1]):
+            return []  # the second alone would be left
+        return [(two, one) if first else (one, two)]
+
     def _likely(self) -> Iterator[Suspects]:
         """Pairs whose numbers do not contradict the candidate's where only one of the two shows; those first whose
         effects, multiplied or added, are the candidate's. Of a matching, which tells little of what made it, only
         pairs with a fault that the losses show."""
-        probe = self.failing[0]
-        shown = {}
+        probe = self.telling
+        shown, wrong = {}, self._wrong_at(probe)
         for fault in self.known:
             own = self._difference(probe, (fault,), slopes=False).own
-            if own & self.wrong and not self.spent():
+            if own & wrong and not self.spent():
                 shown[fault] = own
         right, theirs = self._of(probe, RIGHT), self._theirs(probe)
         good = {
@@ -194,7 +210,7 @@ class Search:
         for i, one in enumerate(first):
             for two in first[i + 1 :] if self.view != MATCHED else shown:
                 a, b = shown[one], shown[two]
-                if not (a - b <= good[one] and b - a <= good[two] and self.wrong <= a | b) or one is two:
+                if not (a - b <= good[one] and b - a <= good[two] and wrong <= a | b) or one is two:
                     continue
                 ones, twos = self._of(probe, (one,)), self._of(probe, (two,))
                 if all(_together(x, ones, twos, right, theirs) for x in a & b):
@@ -203,9 +219,20 @@ class Search:
                     later.append((one, two))
         yield from later
 
+    @cached_property
+    def telling(self) -> Probe:
+        """The smallest failing input that no single fault explains that explains the first; so two show there."""
+        first = self.failing[0]
+        alone = [f for f in self.known if self._explains(first, f)]
+        return next((p for p in self.failing if not any(self._explains(p, f) for f in alone)), first)
+
+    def _explains(self, probe: Probe, fault: Fault) -> bool:
+        found = self._difference(probe, (fault,), slopes=False)
+        return found.agrees and self._wrong_at(probe) <= found.own
+
     def _lost(self, suspects: Suspects) -> bool:
         """True where the second fault undoes the first, so that it is alone."""
-        probe = self.failing[0]
+        probe = self.telling
         both, last = self._of(probe, suspects), self._of(probe, suspects[1:])
         return all(probe.equal(a, both.get(a), last.get(a)) for a in {*both, *last})
 
