@@ -14,7 +14,6 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -24,7 +23,7 @@ from detr_conformance.findings import Finding
 from detr_conformance.registry import checks, clauses
 from detr_conformance.runner import Judge, Settings
 from zoo import WRONG, Wrong  # type: ignore[import-not-found]
-from zoo.port import BASES, FACTORIES  # type: ignore[import-not-found]
+from zoo.port import FACTORIES, both  # type: ignore[import-not-found]
 
 MUST = {c.id for c in clauses() if c.level == "must"}
 
@@ -40,24 +39,14 @@ def kinds() -> list[Wrong]:
 
 def pairs(count: int, seed: int) -> Iterator[Wrong]:
     """Criterions with two mistakes each, in different methods, drawn evenly from the kinds of one profile."""
-    draw, bases = random.Random(seed), {base.profile: base for base in BASES.values()}
+    draw, profiles = random.Random(seed), sorted(FACTORIES)
     made = 0
     while made < count:
-        profile = draw.choice(sorted(bases))
-        one, two = draw.sample([w for w in WRONG if w.profile == profile and MUST & set(w.clause)], 2)
-        a, b = (_methods(w) for w in (one, two))
-        if a.keys() & b.keys():
-            continue
-        made += 1
-        cls = type("Pair", (bases[profile],), {**a, **b})
-        names = " + ".join(w.id.split("/", 1)[1] for w in (one, two))
-        sentence = f"{one.sentence} + {two.sentence}"
-        yield Wrong(f"{profile}/{names}", profile, one.clause + two.clause, sentence, FACTORIES[profile](cls))
-
-
-def _methods(wrong: Wrong) -> dict[str, Any]:
-    cls = next(c.cell_contents for c in wrong.factory.__closure__)
-    return {name: value for name, value in vars(cls).items() if not name.startswith("__")}
+        profile = draw.choice(profiles)
+        found = both(*draw.sample([w for w in WRONG if w.profile == profile and MUST & set(w.clause)], 2))
+        if found is not None:
+            made += 1
+            yield found
 
 
 def findings(wrong: Wrong) -> tuple[list[Finding], float]:

@@ -114,6 +114,7 @@ def test_the_simplified_one_neither_matches_nor_trains_tokens_and_layers():
         "TOKEN-1",  # tokens are pooled
         "LAYER-1",  # no auxiliary losses
         "LAYER-4",  # no encoder losses
+        "DIST-1",  # the divisor is of the own rank
     }
 
 
@@ -122,4 +123,5 @@ def test_the_proper_one_forgets_the_background_and_averages_l1():
         "TOKEN-1",  # unmatched queries are never trained as negatives
         "NORM-1",  # L1 with its default mean
         "NORM-5",  # which is not a number without targets
+        "DIST-1",  # the divisor is of the own rank
     }

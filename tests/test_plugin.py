@@ -205,9 +205,9 @@ def test_the_screen_of_a_right_criterion(run):
 
           matching          right         10 of 10 checks
           matching costs    right         6 of 6 checks
-          class loss        right         6 of 6 checks
+          class loss        right         7 of 7 checks
           L1                right         5 of 5 checks
-          GIoU              right         10 of 10 checks
+          GIoU              right         11 of 11 checks
           auxiliary layers  right         5 of 5 checks
           weights and keys  right         6 of 6 checks
           masks             right         6 of 6 checks

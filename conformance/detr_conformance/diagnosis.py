@@ -52,7 +52,8 @@ class Diagnoser:
             behaves = self._by_behaviour(check, [s for s in tally.seen if not s.raised], spent)
             if behaves:
                 return _diagnosis([(f,) for f in behaves], SEPARATE)
-        at = {view: Search(self.bench, check, view, failing, spent) for view in (HERE, MATCHED, OWN)}
+        about = tally.failing[1].what if tally.failing else ""
+        at = {view: Search(self.bench, check, view, failing, spent, about) for view in (HERE, MATCHED, OWN)}
         if check.component in MATCHING:
             searches = [at[MATCHED].singles, at[HERE].singles, at[OWN].singles, at[MATCHED].pairs, at[HERE].pairs]
         elif at[HERE].differs:  # some loss is wrong whatever is matched

@@ -28,6 +28,8 @@ LOSSES_ALONE: Final = frozenset(
     | {"num_boxes", "over_ranks", "matched_boxes", "loss_ce", "loss_bbox", "loss_giou", "layer_losses", "layer_mask"}
     | {"layer_num_boxes", "class_error", "cardinality_error", "logged", "scaled", "weights", "losses", "mask_losses"}
 )
+Shown = tuple[int, Atom]  # an input, by its place, and a number that faults make wrong there
+NOTHING: Final[frozenset[Shown]] = frozenset()
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,12 +41,22 @@ class Difference:
 
 
 class Search:
-    """The search for what explains a failing check, in one view of the numbers."""
+    """The search for what explains a failing check, in one view of the numbers.
+
+    ``about``: the quantity that the check found wrong; where it is a loss, that is what has to be explained.
+    """
 
     def __init__(
-        self, bench: Bench, check: Check, view: str, failing: Sequence[Probe], spent: Callable[[], bool]
+        self,
+        bench: Bench,
+        check: Check,
+        view: str,
+        failing: Sequence[Probe],
+        spent: Callable[[], bool],
+        about: str = "",
     ) -> None:
         self.bench, self.check, self.view, self.failing, self.spent = bench, check, view, failing, spent
+        self.about = about
         self._seen: dict[tuple[Suspects, int, bool], Difference] = {}
 
     @cached_property
@@ -71,7 +83,7 @@ class Search:
         probe = self.failing[0]
         found = self._wrong_at(probe)
         if found or self.view == MATCHED:
-            return found
+            return found & {("loss", self.about)} or found
         theirs, slopes = self._theirs(probe), self._gradients(probe, RIGHT)
         return frozenset(a for a in slopes if self._counts(a) and not probe.equal(a, theirs.get(a), slopes[a]))
 
@@ -98,14 +110,15 @@ class Search:
 
     def singles(self) -> list[Suspects]:
         """The one or two faults that fit, each by itself."""
-        fitting: list[Fault] = []
+        shown: dict[Fault, frozenset[Shown]] = {}
         if not self.differs:
             return []
         for fault in self.known:
             if self.spent():
                 return []  # not all were tried, so none can be told apart
-            if self.fits((fault,)):
-                fitting.append(fault)
+            if footprint := self.fits((fault,)):
+                shown[fault] = footprint
+        fitting = [f for f, own in shown.items() if not any(own < more for more in shown.values())]
         fitting = [f for f in fitting if self.bench.breaks((f,), self.check, self.failing[0].seen.case)]
         own: list[Callable[[Fault], bool]] = [lambda f: f.check is self.check, lambda f: f.check.on is self.check.on]
         if len(fitting) > 1 and not self.spent():
@@ -118,33 +131,36 @@ class Search:
             fitting = chosen or fitting
         return [(f,) for f in fitting] if len(fitting) <= 2 else []
 
-    def fits(self, suspects: Suspects) -> bool:
-        """True where the candidate's numbers are these faults' everywhere in their footprint, and enough inputs show
-        one, the first of all."""
+    def fits(self, suspects: Suspects) -> frozenset[Shown]:
+        """Where these faults show, if the candidate's numbers are theirs everywhere there and enough inputs, the first
+        of all, show them; else nothing."""
         footprint: set[Atom] = set()
+        shown: set[Shown] = set()
         separate = 0
         by_values = any(a[0] != "grad" for a in self.wrong)
         for i, probe in enumerate(self.probes):
             found = self._difference(probe, suspects, slopes=False)
             if not found.agrees or (i == 0 and by_values and not found.own & self.wrong):
-                return False
+                return NOTHING
             if self.view != MATCHED and i < SEPARATE:
                 slopes = self._difference(probe, suspects, slopes=True)
                 found = Difference(found.own | slopes.own, slopes.agrees)
                 if not found.agrees or (i == 0 and not found.own & self.wrong):
-                    return False
+                    return NOTHING
             footprint |= found.own
+            shown |= {(i, a) for a in found.own}
             separate += bool(found.own)
         for probe in [*self.further, *self.bench.edges] if separate < SEPARATE and footprint else ():
             found = self._difference(probe, suspects, slopes=False)
             if not found.agrees:
-                return False
+                return NOTHING
             separate += bool(found.own)
             if separate == SEPARATE:
                 break
-        return separate >= SEPARATE and all(
-            self._agrees_on(probe, suspects, footprint, i) for i, probe in enumerate(self.probes)
-        )
+        if separate < SEPARATE:
+            return NOTHING
+        agrees = all(self._agrees_on(probe, suspects, footprint, i) for i, probe in enumerate(self.probes))
+        return frozenset(shown) if agrees else NOTHING
 
     def _agreeing_edges(self, fault: Fault) -> int:
         return sum(self._difference(p, (fault,), slopes=False).agrees for p in self.bench.edges)
@@ -160,7 +176,7 @@ class Search:
 
     def _elsewhere(self, fault: Fault) -> list[Difference]:
         other = HERE if self.view == MATCHED else MATCHED
-        search = Search(self.bench, self.check, other, self.failing, self.spent)
+        search = Search(self.bench, self.check, other, self.failing, self.spent, self.about)
         return [search._difference(p, (fault,), slopes=False) for p in search.probes]
 
     # --- two faults together ---
@@ -204,7 +220,7 @@ class Search:
             f: {a for a in own if probe.equal(a, theirs.get(a), self._of(probe, (f,)).get(a))}
             for f, own in shown.items()
         }
-        here = Search(self.bench, self.check, HERE, self.failing, self.spent)
+        here = Search(self.bench, self.check, HERE, self.failing, self.spent, self.about)
         first = [f for f in shown if self.view != MATCHED or here.fits((f,))]
         later: list[Suspects] = []
         for i, one in enumerate(first):

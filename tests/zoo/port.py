@@ -510,3 +510,19 @@ class Registry(list):
             self.module[title] = cls  # so that its instances pickle
             factory = FACTORIES[base.profile](cls)
             self.append(Wrong(f"{base.profile}/{name}", base.profile, tuple(clause.split()), sentence, factory))
+
+
+def both(one: Wrong, two: Wrong) -> Wrong | None:
+    """A criterion with two mistakes; None where they replace the same method."""
+    methods = [{k: v for k, v in vars(_class_of(w)).items() if not k.startswith("__")} for w in (one, two)]
+    if methods[0].keys() & methods[1].keys():
+        return None
+    base = next(base for base in BASES.values() if base.profile == one.profile)
+    cls = type("Both", (base,), {**methods[0], **methods[1]})
+    names = " + ".join(w.id.split("/", 1)[1] for w in (one, two))
+    sentence = f"{one.sentence} + {two.sentence}"
+    return Wrong(f"{one.profile}/{names}", one.profile, one.clause + two.clause, sentence, FACTORIES[one.profile](cls))
+
+
+def _class_of(wrong: Wrong) -> type[Port]:
+    return next(cell.cell_contents for cell in wrong.factory.__closure__ or ())

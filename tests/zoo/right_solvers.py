@@ -232,7 +232,7 @@ build_array_matcher = deformable_factory(ArrayMatcher)
 build_list_matcher = detr_factory(ListMatcher)
 build_padded = deformable_factory(Padded)
 build_concatenated = grounding_factory(Concatenated)
-build_at_once = deformable_factory(AtOnce)
+build_at_once = without(("losses",), deformable_factory(AtOnce))
 build_logging = grounding_factory(Logging)
 build_few_options = without(
     ("set_cost_class", "set_cost_bbox", "set_cost_giou", "losses", "two_stage"), deformable_factory(Deformable)

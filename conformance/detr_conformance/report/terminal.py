@@ -78,8 +78,6 @@ def last(report: Report) -> Iterator[list[Part]]:
         if found:
             counts += f" · {len(found)} {name}"
     yield [(f"{report.profile}, {report.level}: ", ""), word, (counts, "")]
-    if not judged:
-        return
     for f in report.findings:
         said = f.message if f.verdict == "pass" else ""
         if f.level == "information" and f.verdict == "fail" and f.evidence:
@@ -87,7 +85,7 @@ def last(report: Report) -> Iterator[list[Part]]:
         if said:
             yield [("for information  ", "quiet"), (f"{f.clause}: {said}", "quiet")]
     reasons: dict[str, list[str]] = {}
-    for f in report.findings:
+    for f in report.findings if judged else ():
         if f.verdict == "declined" and f.message and f.clause not in reasons.get(f.message, []):
             reasons.setdefault(f.message, []).append(f.clause)
     for reason, clauses in reasons.items():
