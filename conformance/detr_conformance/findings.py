@@ -30,10 +30,36 @@ VERDICTS: Final = ("pass", "fail", "error", "blocked", "declined", "ambiguous", 
 
 
 @dataclass(frozen=True)
+class Call:
+    """A call of the candidate that anyone can make again.
+
+    ``options``: all values of ``detr_reference.options.Options`` that the criterion is built under · ``npz``: its
+    ``outputs`` and ``targets`` as a ``.npz`` file in base64 (see ``detr_fixtures.arrays``) · ``matched``, ``best``:
+    by layer and image, the (query, target) pairs that the candidate matches and that cost least.
+    """
+
+    options: dict[str, Any]
+    npz: str
+    matched: dict[str, list[list[tuple[int, int]]]] = field(default_factory=dict)
+    best: dict[str, list[list[tuple[int, int]]]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """A quantity that is one number. ``known``: what known faults of the check make of it, by id."""
+
+    want: float
+    got: float
+    allowed: float
+    known: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Evidence:
     """The smallest input found on which a check fails, and the numbers on it.
 
     ``inputs`` is the call in words and numbers; ``want`` and ``got`` are printed as they are, ``allowed`` may be "".
+    ``call`` where the input is that of one call; ``numbers`` where the quantity is one number.
     """
 
     case: str
@@ -43,6 +69,8 @@ class Evidence:
     got: str
     allowed: str = ""
     how: str = ""
+    call: Call | None = None
+    numbers: Numbers | None = None
 
 
 @dataclass(frozen=True)
@@ -83,14 +111,13 @@ class Finding:
 def finding_from(data: Mapping[str, Any]) -> Finding:
     """The finding that ``dataclasses.asdict`` made this of."""
     evidence, diagnosis = data["evidence"], data["diagnosis"]
-    return Finding(
-        **{
-            **data,
-            "evidence": evidence and Evidence(**evidence),
-            "diagnosis": diagnosis
-            and Diagnosis(**{**diagnosis, "faults": tuple((i, s) for i, s in diagnosis["faults"])}),
-        }
-    )
+    if evidence:
+        call, numbers = evidence["call"], evidence["numbers"]
+        own = {"call": call and Call(**call), "numbers": numbers and Numbers(**numbers)}
+        evidence = Evidence(**{**evidence, **own})
+    if diagnosis:
+        diagnosis = Diagnosis(**{**diagnosis, "faults": tuple((i, s) for i, s in diagnosis["faults"])})
+    return Finding(**{**data, "evidence": evidence, "diagnosis": diagnosis})
 
 
 @dataclass(frozen=True)

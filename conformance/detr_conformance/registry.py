@@ -47,7 +47,7 @@ class Comparison:
 
     ``ok`` is the verdict; ``what`` names the quantity; ``how`` says in words where ``want`` comes from;
     ``note`` is worth reading also where all is well; ``beyond``: how many times the allowed error a number is off,
-    ∞ for what is no number.
+    ∞ for what is no number; ``numbers``: want, got and allowed, where the quantity is one number.
     """
 
     ok: bool
@@ -58,6 +58,7 @@ class Comparison:
     how: str = ""
     note: str = ""
     beyond: float = math.inf
+    numbers: tuple[float, float, float] | None = None
 
 
 Judge = Callable[["Seen"], Iterator[Comparison]]

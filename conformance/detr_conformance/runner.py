@@ -16,7 +16,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from detr_conformance import devices, experiments, messages, shrink
+from detr_conformance import devices, evidence, experiments, messages, shrink
 from detr_conformance.candidate import Bound, bind
 from detr_conformance.cases import Case, Recipe, build
 from detr_conformance.diagnosis import Diagnoser
@@ -125,7 +125,7 @@ class Judge:
         for other in self._earlier(check, case, comparison):
             if self._tally(other).failing is not None:
                 return _finding(check, "blocked", f"blocked by {other.clause.id}, {other.name.replace('_', ' ')}")
-        evidence = self._evidence(check, *tally.failing)
+        shown = self._evidence(check, *tally.failing)
         option: dict[str, Any] = {}
         looks_like = None
         if comparison.what != RAISES and not check.on.once:
@@ -136,9 +136,9 @@ class Judge:
         if check.component == "devices":
             name += f" --conformance-device={self.bound.device}"
         message = messages.failure(
-            check.clause.id, check.clause.sentence, check.clause.level, evidence, name, looks_like, option
+            check.clause.id, check.clause.sentence, check.clause.level, shown, name, looks_like, option
         )
-        return replace(_finding(check, "fail", message, evidence, tally.decided), diagnosis=looks_like)
+        return replace(_finding(check, "fail", message, shown, tally.decided), diagnosis=looks_like)
 
     def failing(self, check: Check) -> Comparison | None:
         """What ``check`` itself finds wrong, whatever it comes after; None where it finds nothing."""
@@ -212,7 +212,7 @@ class Judge:
             attempts = shrink.FEW if check.on.numbers else shrink.ATTEMPTS  # those take more than one call each
             small = shrink.smallest(case, lambda c: broken(c) is not None, "num_classes" in self.bound.varies, attempts)
             found = broken(small) or comparison
-        return Evidence(case.label, messages.inputs(small), found.what, found.want, found.got, found.allowed, found.how)
+        return evidence.of(check, self.bound, case.label, small, found)
 
 
 def _seed(seed: int, name: str) -> int:
@@ -294,10 +294,8 @@ def blocked(check: Check, reason: str) -> Finding:
 def ended(check: Check, candidate: str, how: str, doing: str) -> Finding:
     """The finding of a check whose experiment the candidate hung in or ended the process of."""
     clause = check.clause
-    evidence = Evidence(doing, doing or "before the first call", "the call", "a dict of losses", how)
-    return _finding(
-        check, "fail", messages.failure(clause.id, clause.sentence, clause.level, evidence, candidate), evidence
-    )
+    shown = Evidence(doing, doing or "before the first call", "the call", "a dict of losses", how)
+    return _finding(check, "fail", messages.failure(clause.id, clause.sentence, clause.level, shown, candidate), shown)
 
 
 def broken_suite(check: Check, error: BaseException) -> Finding:
@@ -316,9 +314,9 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _finding(check: Check, verdict: str, message: str, evidence: Evidence | None = None, decided: int = 0) -> Finding:
+def _finding(check: Check, verdict: str, message: str, shown: Evidence | None = None, decided: int = 0) -> Finding:
     clause = check.clause
     return Finding(
-        clause.id, clause.sentence, check.name, clause.level, check.component, verdict, message, evidence,
+        clause.id, clause.sentence, check.name, clause.level, check.component, verdict, message, shown,
         decided=decided,
     )  # fmt: skip

@@ -27,7 +27,8 @@ def agree(what: str, want: float, got: float | None, allowed: float, how: str = 
     share = f"off {100 * (got - want) / abs(want):+.3g} %, " if want and math.isfinite(got) else ""
     beyond = abs(got - want) / allowed if allowed and math.isfinite(got) else math.inf
     said = f"{share}allowed ±{allowed:.1e}"
-    return Comparison(False, what, number(want), number(got), said, how, beyond=beyond)
+    numbers = (want, got, allowed)
+    return Comparison(False, what, number(want), number(got), said, how, beyond=beyond, numbers=numbers)
 
 
 def holds(ok: bool, what: str, want: str, got: str, how: str = "") -> Comparison:
