@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any, Final
 
 import torch
@@ -210,18 +211,20 @@ def _far_case(case: Case) -> Case:
 
 
 def _spoilt(bound: Bound, case: Case) -> Seen:
-    """An ordinary call, and the same with one query whose prediction is not finite: the second of image 0."""
+    """An ordinary call, and the same with one query of image 0 whose prediction is not finite: its first or second."""
     case, trials = _far_case(case), {}
-    for name, (key, value) in SPOILT.items():
+    for query, (name, (key, value)) in product((0, 1), SPOILT.items()):
         spoilt = case.outputs[key].clone()
-        spoilt[0, 1] = value
-        trials[name] = observe(bound, replace(on_outputs(case, **{key: spoilt}), label=f"{case.label}, {name}"))
+        spoilt[0, query] = value
+        label = f"{case.label}, query {query} with {name}"
+        trials[f"query {query} with {name}"] = observe(bound, replace(on_outputs(case, **{key: spoilt}), label=label))
     return replace(_call(bound, case), trials=trials)
 
 
 SPOILED = Experiment(
     "non-finite", "one query without finite predictions",
-    _from_recipes([Recipe(311, (2,), 4, classes=3), Recipe(312, (1, 2), 5, classes=2)]), None, _spoilt, weight=0.05,
+    _from_recipes([Recipe(310, (1,), 2), Recipe(311, (2,), 4, classes=3), Recipe(312, (1, 2), 5, classes=2)]),
+    None, _spoilt, weight=0.05,
 )  # fmt: skip
 
 

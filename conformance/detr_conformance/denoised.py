@@ -16,7 +16,7 @@ from torch import Tensor
 from detr_conformance.candidate import Bound
 from detr_conformance.cases import LOGITS, Case, Recipe, as_float32, build, plain_boxes
 from detr_conformance.experiments import Experiment, _call, _fitting, _seeds, _value
-from detr_conformance.observation import observe
+from detr_conformance.observation import observe, weighed
 from detr_conformance.seen import Seen
 
 WITHOUT: Final = "without dn_meta"
@@ -97,13 +97,17 @@ def without_denoising(bound: Bound) -> str:
 
 
 def _unusable(bound: Bound) -> str:
-    raised = observe(bound, denoised_case(bound, *_SIMPLEST), grads=False).raised
-    return f"the candidate takes no outputs with dn_meta: {raised}" if raised else ""
+    case = denoised_case(bound, *_SIMPLEST)
+    raised = observe(bound, case, grads=False).raised
+    if not raised or any(key.endswith("_dn") for key in weighed(bound, case)):
+        return ""  # one that weighs their losses takes them, however the call ends
+    return f"the candidate takes no outputs with dn_meta: {raised}"
 
 
 def _keys(bound: Bound) -> list[str]:
-    got = observe(bound, denoised_case(bound, *_SIMPLEST), grads=False)
-    return sorted(key for key in got.keys if "_dn" in key)
+    case = denoised_case(bound, *_SIMPLEST)
+    got = observe(bound, case, grads=False)
+    return sorted(key for key in (weighed(bound, case) if got.raised else got.keys) if "_dn" in key)
 
 
 def _beside(bound: Bound, case: Case) -> Seen:

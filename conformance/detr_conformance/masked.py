@@ -18,7 +18,7 @@ from torch import Tensor
 from detr_conformance.candidate import Bound
 from detr_conformance.cases import LOGITS, Case, Recipe, as_float32, build
 from detr_conformance.experiments import Experiment, _call, _fitting, _seeds, _value
-from detr_conformance.observation import observe
+from detr_conformance.observation import observe, weighed
 from detr_conformance.registry import DETR
 from detr_conformance.seen import Seen
 
@@ -58,8 +58,8 @@ def without_masks(bound: Bound) -> str:
     """Why masks are not judged: on the simplest case the candidate raises, or returns no mask losses; else ""."""
     case = masked_case(bound, _SIMPLEST[0], *_SIMPLEST[1:])
     got = observe(bound, case, grads=False)
-    if not got.raised and {"loss_mask", "loss_dice"} & got.keys:
-        return ""
+    if {"loss_mask", "loss_dice"} & (weighed(bound, case) if got.raised else got.keys):
+        return ""  # one that weighs them has them, however the call ends
     if "losses" not in bound.passes:
         return "the factory does not take `losses`, so that masks cannot be asked for"
     if got.raised:

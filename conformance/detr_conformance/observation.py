@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from detr_conformance import devices
+from detr_conformance import cleaning, devices
 from detr_conformance.candidate import Bound
 from detr_conformance.cases import ENC, Case
 from detr_reference.textbook import Pairs, textbook
@@ -136,12 +136,15 @@ def _observe(
                 returned = criterion(outputs, targets)
             changed = _difference(before, _snapshot((outputs, targets))) if inputs else ""
         except (Exception, SystemExit, RecursionError) as error:
-            raised, message = said(error), f"{type(error).__name__}: {error}"[:5000]
+            raised, message = said(error), f"{type(error).__name__}: {cleaning.exception(error)}"[:5000]
     if not raised and not isinstance(returned, Mapping):
         raised = f"returned {_what(returned)}, not a dict of losses"
     if raised:
         return Observation(case, raised=raised, message=message or raised)
-    named = _named(returned, bound, case)
+    try:
+        named = _named(returned, bound, case)
+    except Exception as error:  # a mapping, or a key, of their own
+        return Observation(case, raised=f"what it returned cannot be read: {said(error)}")
     losses, odd = {}, {}
     for key, value in named.items():
         strange = _strange(value, device)
@@ -203,7 +206,7 @@ def weighted_sum(bound: Bound, case: Case, criterion: Any, returned: Any) -> Ten
 
 def said(error: BaseException) -> str:
     """An exception in one short line."""
-    lines = str(error).strip().splitlines()
+    lines = cleaning.exception(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
 
 
@@ -265,6 +268,17 @@ def _matches(criterion: Any, case: Case, device: torch.device) -> tuple[dict[str
         except ValueError as error:
             return found, f"{layer}: {error}"
     return found, ""
+
+
+def weighed(bound: Bound, case: Case) -> frozenset[str]:
+    """The keys of the weights of a criterion under a case's options, under the contract's names; none where it raises
+    or has no weights of its own."""
+    try:
+        return (
+            frozenset(_weights(bound.build(case.options), bound) or ()) if bound.candidate.own_weights else frozenset()
+        )
+    except Exception:
+        return frozenset()
 
 
 def _weights(criterion: Any, bound: Bound) -> dict[str, float] | None:

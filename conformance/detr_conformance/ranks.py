@@ -181,11 +181,15 @@ class _Group:
     def _answers(self, calls: Mapping[int, Observation]) -> Iterator[tuple[int, Observation]]:
         """What comes in within a moment. A rank that fails brings down those that wait for it: it is heard first."""
         open_ranks = {one.answer: rank for rank, one in enumerate(self._ranks) if rank not in calls}
-        ready = wait(list(open_ranks), timeout=0.02)
-        yield from sorted(
-            ((open_ranks[c], self._read(open_ranks[c])) for c in ready),  # type: ignore[index]
-            key=lambda item: "peer" in item[1].raised,
-        )
+        found = self._heard(open_ranks, 0.02)
+        if found and all("peer" in answer.raised for _, answer in found):  # its cause may not have come in yet
+            heard = {rank for rank, _ in found}
+            found += self._heard({c: r for c, r in open_ranks.items() if r not in heard}, LATE)
+        yield from sorted(found, key=lambda item: "peer" in item[1].raised)
+
+    def _heard(self, open_ranks: Mapping[Connection, int], seconds: float) -> list[tuple[int, Observation]]:
+        ready = wait(list(open_ranks), timeout=seconds)
+        return [(open_ranks[c], self._read(open_ranks[c])) for c in ready]  # type: ignore[index]
 
     def _read(self, rank: int) -> Observation:
         try:

@@ -8,8 +8,11 @@ from typing import Any
 
 import torch
 
+from detr_conformance.cases import MASK_TERMS
 from detr_conformance.contract.compare import agree, holds, number
+from detr_conformance.denoised import DENOISING
 from detr_conformance.experiments import BATCH, EMPTIED, REPEATED
+from detr_conformance.masked import MASKS
 from detr_conformance.registry import EVERY, Comparison, check, clause, fault
 from detr_conformance.seen import Seen
 from detr_reference.textbook import TERMS, Layer, Textbook
@@ -103,16 +106,31 @@ KEY_4 = clause(
 
 @check(KEY_4, on=BATCH, component="weights and keys")
 def every_trained_loss_has_its_weight(seen: Seen) -> Iterator[Comparison]:
-    if not seen.bound.candidate.own_weights:
-        return
-    weights = seen.got.weights
-    if weights is None:
+    if seen.got.weights is None and seen.bound.candidate.own_weights:
         yield holds(False, "criterion.weight_dict", "a dict of weights", "there is none")
+    else:
+        yield from _weighed(seen, set(trained(seen)), "the weight of its base")
+
+
+@check(KEY_4, on=MASKS, component="masks", after=[every_trained_loss_has_its_weight])
+def mask_losses_have_their_weights(seen: Seen) -> Iterator[Comparison]:
+    yield from _weighed(seen, {f"loss_{term}" for term in MASK_TERMS}, "the configured weight")
+
+
+@check(KEY_4, on=DENOISING, component="denoising", after=[every_trained_loss_has_its_weight])
+def denoising_losses_have_their_weights(seen: Seen) -> Iterator[Comparison]:
+    suffixes = [seen.case.suffix(name) for name in seen.case.denoising]
+    yield from _weighed(seen, {f"loss_{t}{s}" for t in TERMS for s in suffixes}, "the weight of its base")
+
+
+def _weighed(seen: Seen, keys: set[str], how: str) -> Iterator[Comparison]:
+    weights = seen.got.weights
+    if weights is None or not seen.bound.candidate.own_weights:
         return
     for key, want in seen.book.weights().items():
-        if key in weights:
-            yield agree(f"weight_dict[{key!r}]", want, weights[key], 1e-6 * abs(want), "the weight of its base")
-        elif key in trained(seen):
+        if key in keys and key in weights:
+            yield agree(f"weight_dict[{key!r}]", want, weights[key], 1e-6 * abs(want), how)
+        elif key in keys:
             known = ", ".join(sorted(weights)) or "nothing"
             yield holds(False, f"weight_dict[{key!r}]", number(want), f"no such key; the keys are {known}")
 
@@ -122,6 +140,33 @@ def suffixed_losses_without_a_weight(book: Textbook) -> Textbook:
     """weight_dict has the final layer's weights alone, so auxiliary and encoder losses are never trained."""
     return replace(
         book, weights=lambda inner: {k: v for k, v in book.under(inner.o).weights().items() if k.count("_") == 1}
+    )
+
+
+@fault(mask_losses_have_their_weights, fix="add loss_mask and loss_dice to weight_dict")
+def mask_losses_without_a_weight(book: Textbook) -> Textbook:
+    """weight_dict has no loss_mask and no loss_dice, so masks are never trained."""
+    return replace(
+        book,
+        weights=lambda inner: {
+            k: v for k, v in book.under(inner.o).weights().items() if k.split("_")[1] not in MASK_TERMS
+        },
+    )
+
+
+@fault(denoising_losses_have_their_weights, fix="add every suffix to weight_dict, _dn and _dn_0 … as well")
+def denoising_losses_without_a_weight(book: Textbook) -> Textbook:
+    """weight_dict has nothing for denoising queries, so they are never trained."""
+    return replace(
+        book, weights=lambda inner: {k: v for k, v in book.under(inner.o).weights().items() if "_dn" not in k}
+    )
+
+
+@fault(denoising_losses_have_their_weights, fix="weigh denoising queries as the others")
+def denoising_losses_of_weight_one(book: Textbook) -> Textbook:
+    """Every denoising loss has the weight 1, whatever its base has."""
+    return replace(
+        book, weights=lambda inner: {k: 1.0 if "_dn" in k else v for k, v in book.under(inner.o).weights().items()}
     )
 
 
