@@ -81,8 +81,14 @@ class Diagnoser:
                 continue
             if spent():
                 return None  # not all were tried, so none can be told apart
-            wrong = [numbers(self.bench.bound_to(fault.apply(composed(RIGHT))), case) for case in cases]
-            if _fits(theirs, wrong, right) and self.bench.breaks((fault,), check, cases[0]):
+            book = self.bench.bound_to(fault.apply(composed(RIGHT)))
+            wrong: list[Atoms] = []
+            for case, t, r in zip(cases, theirs, right, strict=True):
+                wrong.append(numbers(book, case))
+                if not _agrees(t, wrong[-1], r):
+                    break  # each of these takes more than one call
+            fits = len(wrong) == len(cases) and _fits(theirs, wrong, right)
+            if fits and self.bench.breaks((fault,), check, cases[0]):
                 fitting.append(fault)
         return _diagnosis([(f,) for f in fitting], len(cases)) if 1 <= len(fitting) <= 2 else None
 
@@ -120,13 +126,23 @@ def _fits(theirs: Sequence[Atoms], wrong: Sequence[Atoms], right: Sequence[Atoms
     footprint: set[Atom] = set()
     separate = 0
     for t, w, r in zip(theirs, wrong, right, strict=True):
-        own = {a for a in {*w, *r} if not equal(w.get(a), r.get(a))}
-        if not all(equal(t.get(a), w.get(a)) for a in own):
+        if not _agrees(t, w, r):
             return False
+        own = _own(w, r)
         footprint |= own
         separate += bool(own)
     everywhere = all(equal(t.get(a), w.get(a)) for t, w in zip(theirs, wrong, strict=True) for a in footprint)
     return separate >= SEPARATE and everywhere
+
+
+def _own(wrong: Atoms, right: Atoms) -> set[Atom]:
+    """Where a fault shows on one input."""
+    return {a for a in {*wrong, *right} if not equal(wrong.get(a), right.get(a))}
+
+
+def _agrees(theirs: Atoms, wrong: Atoms, right: Atoms) -> bool:
+    """True where the candidate's numbers are a fault's wherever that shows on one input."""
+    return all(equal(theirs.get(a), wrong.get(a)) for a in _own(wrong, right))
 
 
 def _behaviour(seen: Seen, profile: str, check: Check) -> dict[Any, Any]:

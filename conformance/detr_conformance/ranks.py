@@ -247,7 +247,9 @@ def _serve_rank(
         try:
             store = f"file://{folder}/store"
             limits = timedelta(seconds=2 * limit)  # whoever started the rank ends it before
+            os.environ |= _as_torchrun(rank, world)
             dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world, timeout=limits)
+            _tell_accelerate()
         except Exception as error:
             found = said(error)
         else:
@@ -255,6 +257,25 @@ def _serve_rank(
         answer.send_bytes(pickle.dumps(found))
         signal.pause()
     os._exit(1)
+
+
+def _as_torchrun(rank: int, world: int) -> dict[str, str]:
+    """The environment that torchrun gives a rank: some criterions ask it, and not torch.distributed."""
+    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+    return {name: str(n) for name, n in numbers.items()} | {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "0",
+        "OMP_NUM_THREADS": "1",
+    }
+
+
+def _tell_accelerate() -> None:
+    """A candidate that uses accelerate finds its state as a training script sets it up: of this rank."""
+    if "accelerate" in sys.modules:
+        from accelerate import PartialState
+
+        PartialState._reset_state()
+        PartialState(cpu=True)
 
 
 # --- beside an accelerator ------------------------------------------------------------------------------------------
