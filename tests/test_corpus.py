@@ -116,10 +116,11 @@ def test_what_is_found_joins_what_is_stored():
 
 
 def test_the_page_has_every_fault_the_hardest_first():
-    shares = [row.share for row in rows(corpus())]
+    every, text = rows(corpus()), page(corpus())
+    shares = [row.share for row in every]
     assert shares == sorted(shares, reverse=True)
-    assert all(f"`{row.fault.id}`" in page(corpus()) for row in rows(corpus()))
-    hard = Row(rows(corpus())[0].fault, {"dino": 4}, {"dino": (599, 600)})
+    assert all(f"`{row.fault.id}`" in text for row in every)
+    hard = Row(every[0].fault, {"dino": 4}, {"dino": (599, 600)})
     assert hard.cell("dino") == "99 % · 4"
     assert hard.cell("detr") == ""
 
