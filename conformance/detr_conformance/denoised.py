@@ -59,6 +59,7 @@ def _noised(rng: np.random.Generator, targets: Any, groups: int, half: int) -> A
     return boxes.reshape(-1, 4)
 
 
+DINO: Final = frozenset({"dino"})  # the profile that has denoising queries
 _SIMPLEST: Final = (Recipe(301, (1,), 2, classes=3), 1)
 
 _MADE: Final[list[tuple[Any, ...]]] = [

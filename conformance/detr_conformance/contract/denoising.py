@@ -11,13 +11,11 @@ from torch import Tensor
 
 from detr_conformance import tolerance
 from detr_conformance.contract.compare import agree, agree_rows, holds, unless_tied
-from detr_conformance.denoised import BESIDE_DENOISING, DENOISING
+from detr_conformance.denoised import BESIDE_DENOISING, DENOISING, DINO
 from detr_conformance.registry import Comparison, check, clause, fault
 from detr_conformance.seen import Seen
 from detr_conformance.tolerance import EPS, OPS
 from detr_reference.textbook import TERMS, Layer, Pairs, Textbook
-
-DINO = frozenset({"dino"})
 
 # --- what the losses must be ---
 

@@ -10,9 +10,9 @@ import torch
 
 from detr_conformance.cases import MASK_TERMS
 from detr_conformance.contract.compare import agree, holds, number
-from detr_conformance.denoised import DENOISING
+from detr_conformance.denoised import DENOISING, DINO
 from detr_conformance.experiments import BATCH, EMPTIED, REPEATED
-from detr_conformance.masked import MASKS
+from detr_conformance.masked import MASKED, MASKS
 from detr_conformance.registry import EVERY, Comparison, check, clause, fault
 from detr_conformance.seen import Seen
 from detr_reference.textbook import TERMS, Layer, Textbook
@@ -112,12 +112,12 @@ def every_trained_loss_has_its_weight(seen: Seen) -> Iterator[Comparison]:
         yield from _weighed(seen, set(trained(seen)), "the weight of its base")
 
 
-@check(KEY_4, on=MASKS, component="masks", after=[every_trained_loss_has_its_weight])
+@check(KEY_4, on=MASKS, component="masks", after=[every_trained_loss_has_its_weight], profiles=MASKED)
 def mask_losses_have_their_weights(seen: Seen) -> Iterator[Comparison]:
     yield from _weighed(seen, {f"loss_{term}" for term in MASK_TERMS}, "the configured weight")
 
 
-@check(KEY_4, on=DENOISING, component="denoising", after=[every_trained_loss_has_its_weight])
+@check(KEY_4, on=DENOISING, component="denoising", after=[every_trained_loss_has_its_weight], profiles=DINO)
 def denoising_losses_have_their_weights(seen: Seen) -> Iterator[Comparison]:
     suffixes = [seen.case.suffix(name) for name in seen.case.denoising]
     yield from _weighed(seen, {f"loss_{t}{s}" for t in TERMS for s in suffixes}, "the weight of its base")
