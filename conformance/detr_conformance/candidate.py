@@ -18,6 +18,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Final
 
+from detr_conformance import cleaning
 from detr_conformance.errors import CandidateError
 from detr_conformance.registry import near
 from detr_reference.options import PROFILES, Options, options_of
@@ -385,5 +386,5 @@ def _needed(parameter: inspect.Parameter) -> bool:
 
 
 def _said(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
+    lines = cleaning.exception(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__

@@ -8,11 +8,26 @@ from typing import Annotated
 
 import typer
 
+from detr_conformance.commands import candidate as candidate_commands
+from detr_conformance.commands import compare as compare_commands
+from detr_conformance.commands import fixtures as fixtures_commands
+from detr_conformance.commands import ledger as ledger_commands
+from detr_conformance.commands import replay as replay_command
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=True,
     help="Tells whether a DETR-style training criterion is right. To judge one: pytest --candidate=mypkg.criterion",
 )
+
+
+app.add_typer(fixtures_commands.app, name="fixtures")
+app.add_typer(ledger_commands.app, name="ledger")
+app.command()(candidate_commands.init)
+app.command()(candidate_commands.smoke)
+app.command()(replay_command.replay)
+app.command()(compare_commands.diff)
+app.command()(compare_commands.matrix)
 
 
 @app.callback()

@@ -19,15 +19,17 @@ from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
+from detr_conformance.cleaning import cleaned, exception
 from detr_conformance.errors import ConformanceError
-from detr_conformance.findings import Finding
+from detr_conformance.findings import Call, Finding
 
 if TYPE_CHECKING:
-    from detr_conformance.registry import Check
+    from detr_conformance.registry import Check, Comparison
     from detr_conformance.runner import Identity, Settings
 
 RESTARTS: Final = 2
 TEN_MINUTES: Final = 600.0
+WORDS: Final = 1_000_000  # bytes of stderr that a candidate may leave; only the last line is ever read
 _LABEL: Final = 200
 
 
@@ -51,7 +53,7 @@ class Worker:
         self._left = RESTARTS
         self._processes: list[_Process | None] = [_Process(spec, settings, limit)]
         self._asked: list[deque[Check]] = [deque()]
-        self.identity = self._identity()
+        self.identity: Identity = cleaned(self._identity())
 
     def __enter__(self) -> Worker:
         return self
@@ -84,6 +86,10 @@ class Worker:
 
     def finding(self, check: Check) -> Finding:
         """The finding of one check."""
+        found: Finding = cleaned(self._finding(check))
+        return found
+
+    def _finding(self, check: Check) -> Finding:
         from detr_conformance import runner
 
         if self.identity.smoke.verdict != "pass":
@@ -98,7 +104,26 @@ class Worker:
         how, doing = self._ended[check.on.name]
         if check.takes_raising:
             return runner.ended(check, self.identity.name, how, doing)
-        return runner.blocked(check, f"the candidate {how}, in {doing}")
+        by = runner.answering(check, self.identity.profile)
+        return runner.blocked(check, f"the candidate {how}, in {doing}", by)
+
+    def replayed(self, check: Check, call: Call, label: str) -> Comparison | None:
+        """What a check finds wrong with a stored call, or None. Not while findings are asked ahead. Raises what
+        ``Judge.replayed`` raises."""
+        from detr_conformance.registry import Comparison
+
+        process = self._processes[0]
+        if process is None:
+            process = self._processes[0] = _Process(self._spec, self._settings, self._limit)
+        process.send("replayed", check.name, call, label)
+        answer = process.receive()
+        if isinstance(answer, BaseException):
+            raise answer
+        if isinstance(answer, Ended):
+            self._processes[0] = None
+            return Comparison(False, "the call", "a dict of losses", answer.how)
+        found: Comparison | None = answer
+        return found
 
     def _ask(self, check: Check) -> bool:
         """Send the question; False where the candidate has ended its process too often."""
@@ -120,7 +145,7 @@ class Worker:
         process = self._processes[owner]
         assert process is not None
         check = self._asked[owner].popleft()
-        answer = process.receive()
+        answer = process.receive(self._processes)
         if isinstance(answer, Finding):
             self._found[check.name] = answer
         elif isinstance(answer, BaseException):
@@ -154,6 +179,7 @@ class Worker:
             profile_from="given" if profile else "unknown, since the candidate never answered",
             options={},
             notes=(),
+            spec=spec if isinstance(spec, str) else "",
             smoke=Finding(
                 SMOKE, "The candidate can be called and returns losses.", SMOKE, "must", "weights and keys", "fail",
                 message,
@@ -184,11 +210,14 @@ class _Process:
         with suppress(OSError):  # it has ended: receive will say so
             self._connection.send((method, *args))
 
-    def receive(self) -> Any:
-        """The next answer; an exception of ours; or Ended, after which the process is gone."""
+    def receive(self, beside: Sequence[_Process | None] = ()) -> Any:
+        """The next answer; an exception of ours; or Ended, after which the process is gone. Meanwhile what all
+        processes ``beside`` it leave on stderr is kept short."""
         started = time.monotonic()
         try:
             while not self._connection.poll(0.02):
+                for process in {self, *beside} - {None}:
+                    process._trim()  # type: ignore[union-attr]
                 since = float(self._since.value)
                 if since and time.time() - since > self._limit:
                     return self._gone(f"did not return within {self._limit:g} s")
@@ -208,6 +237,11 @@ class _Process:
         self._errors.close()
         with suppress(OSError):
             os.unlink(self._errors.name)
+
+    def _trim(self) -> None:
+        with suppress(OSError):
+            if os.path.getsize(self._errors.name) > WORDS:
+                os.truncate(self._errors.name, 0)
 
     def _how(self) -> str:
         self._process.join(1)
@@ -238,6 +272,7 @@ def _serve(
     """The other process: bind, then answer until the connection closes."""
     sys.path[:] = path
     _silence(errors)
+    _first_to_go()
 
     def tell(what: str) -> None:
         if what:
@@ -261,6 +296,9 @@ def _serve(
                         judge = Judge(spec, settings)
                 answer = getattr(judge, method)(*args)
         except BaseException as error:
+            if _starved(error):  # it is the candidate that leaves no room
+                print("out of memory", file=sys.stderr, flush=True)
+                os._exit(1)
             answer = _portable(error)
         connection.send(answer)
 
@@ -269,9 +307,25 @@ def _portable(error: BaseException) -> BaseException:
     """The error itself where it can be pickled, else one that says the same."""
     try:
         pickle.loads(pickle.dumps(error))
+        fit = isinstance(error, Exception)  # what ends a program must not end ours
     except Exception:
-        return RuntimeError(f"{type(error).__name__}: {error}")
+        fit = False
+    if not fit:
+        return RuntimeError(f"{type(error).__name__}: {exception(error)}")
     return error
+
+
+def _starved(error: BaseException) -> bool:
+    """Whether memory gave out, in Python's words or in those of torch's allocator."""
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and "allocate memory" in exception(error)[:1000]
+    )
+
+
+def _first_to_go() -> None:
+    """Where memory runs out on Linux, the candidate's process is the one to end, and nobody else's."""
+    with suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
+        file.write("1000")
 
 
 def _silence(errors: str) -> None:

@@ -13,7 +13,7 @@ from detr_conformance.findings import Diagnosis, Evidence
 
 FEW: Final = 120  # numbers that are still printed in full
 INDENT: Final = " " * 12
-WIDTH: Final = 84
+WIDTH: Final = 80
 
 
 def failure(
@@ -41,7 +41,7 @@ def failure(
         named = ", ".join(f"{name}={value!r}" for name, value in option.items())
         lines += _field("explained", f"by the option {named}: if that is meant, declare it,")
         lines += _field("", f"Candidate(…, options={dict(option)!r})")
-    lines += _field("rerun", f"pytest --candidate={candidate} --clause={clause}")
+    lines.append(f"      {'rerun':<12}pytest --candidate={candidate} --clause={clause}")  # in one line, to be copied
     return "\n".join(lines)
 
 

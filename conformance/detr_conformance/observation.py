@@ -135,7 +135,7 @@ def _observe(
             with around():
                 returned = criterion(outputs, targets)
             changed = _difference(before, _snapshot((outputs, targets))) if inputs else ""
-        except (Exception, SystemExit, RecursionError) as error:
+        except BaseException as error:  # also SystemExit and KeyboardInterrupt are its own doing
             raised, message = said(error), f"{type(error).__name__}: {cleaning.exception(error)}"[:5000]
     if not raised and not isinstance(returned, Mapping):
         raised = f"returned {_what(returned)}, not a dict of losses"

@@ -6,7 +6,10 @@ Loads neither torch nor Hypothesis: that waits until a candidate is judged. With
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+import os
+import re
+import time
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Final
 
@@ -15,8 +18,9 @@ import pytest
 if TYPE_CHECKING:
     from detr_conformance.findings import Finding, Report
     from detr_conformance.isolation import Worker
+    from detr_conformance.ledger import Ledger
     from detr_conformance.registry import Check
-    from detr_conformance.runner import Settings
+    from detr_conformance.runner import Identity, Settings
 
 OPTIONS: Final = {
     "profile": ("", "NAME", "detr, deformable-detr, dino or grounding-dino [the candidate's own, or a guess]"),
@@ -25,9 +29,10 @@ OPTIONS: Final = {
     "device": ("cpu", "DEVICE", "what to compare with the cpu: auto, cuda, mps or xpu; cpu: nothing"),
     "seed": ("0", "N", "seed of the searched cases"),
     "limit": ("20", "SECONDS", "how long one call of the candidate may take"),
-    "report": ("", "DIR", "write report.json into this folder"),
+    "ledger": ("", "FILE", "accepted deviations, a TOML file; see detr-conformance ledger --help"),
+    "report": ("", "DIR", "write report.json, report.html, report.md and badge.json into this folder"),
 }
-PROPERTY: Final = "detr_conformance"
+FOUND: Final = "detr_conformance"  # the attribute of a test report that carries its finding, also between processes
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -59,8 +64,12 @@ class Run:
     def __init__(self, config: pytest.Config) -> None:
         self.config = config
         self.is_worker = hasattr(config, "workerinput")  # of pytest-xdist
+        self.started = time.monotonic()
         self.workers: dict[str, Worker] = {}
-        self.said: dict[str, dict[str, Any]] = {}
+        self.identities: dict[str, Identity] = {}
+        self.found: dict[str, list[Finding]] = {}
+        self.written: list[str] = []
+        self.accepted: Ledger | None = None
 
     # --- options ---
 
@@ -96,13 +105,40 @@ class Run:
         from detr_conformance.isolation import Worker
 
         limit = self.number("limit", float)
+        self.read_ledger()
         for name in self.config.option.candidate:
             if name not in self.workers:
                 try:
                     self.workers[name] = Worker(name, self.settings(), limit)
+                    self.identities[name] = self.workers[name].identity
                 except ConformanceError as error:
                     self.close()
                     raise pytest.UsageError(str(error)) from None
+
+    def read_ledger(self) -> None:
+        """Read the accepted deviations; raises UsageError that names each mistake with its line."""
+        from detr_conformance import ledger
+        from detr_conformance.errors import ConformanceError
+
+        given = self.option("ledger")
+        if given and self.accepted is None:
+            try:
+                self.accepted = ledger.read(given)
+                ledger.day()
+            except ConformanceError as error:
+                raise pytest.UsageError(str(error)) from None
+
+    def with_repro(self, finding: Finding, worker: Worker) -> Finding:
+        """The finding with a script that shows it, where a report is written."""
+        from detr_conformance import repro
+
+        directory = self.option("report")
+        if not directory or finding.verdict not in ("fail", "deviation"):
+            return finding
+        try:
+            return repro.written(finding, worker.identity.spec, worker.identity.profile, directory)
+        except OSError:  # the report cannot be written either, and says so
+            return finding
 
     def close(self) -> None:
         """End the processes of all candidates."""
@@ -150,22 +186,34 @@ class Run:
 
         return LoadGroupScheduling(config, log)
 
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_makereport(self, item: pytest.Item, call: Any) -> Generator[None, Any, Any]:
+        report = yield
+        if isinstance(item, FindingItem) and item.found and call.when == "call":
+            said = {"candidate": item.node.name, "finding": asdict(item.found)}
+            setattr(report, FOUND, json.dumps(said))  # which pytest-xdist carries along
+        return report
+
+    @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        # reports of all workers pass here too, with what their items attached
-        for name, text in report.user_properties if report.when == "call" else ():
-            if name == PROPERTY and isinstance(text, str):
-                said = json.loads(text)
-                found = self.said.setdefault(said["candidate"], {"about": None, "findings": []})
-                if "about" in said:
-                    found["about"] = said["about"]
-                found["findings"].append(said["finding"])
+        # reports of all workers pass here too
+        if hasattr(report, FOUND):
+            from detr_conformance.findings import finding_from
+
+            said = json.loads(getattr(report, FOUND))
+            self.found.setdefault(said["candidate"], []).append(finding_from(said["finding"]))
+            if report.failed and isinstance(report.longrepr, str):
+                report.longrepr = Shown(report.longrepr)
 
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
         self.close()
-        if self.is_worker or exitstatus not in (0, 1, 5):
+        if self.is_worker or self.config.option.collectonly:
             return
-        reports = list(self.reports())
+        reports = self.reports()
+        self.write(reports)
+        if exitstatus not in (0, 1, 5):
+            return
         if any(f.verdict == "error" for r in reports for f in r.findings):
             session.exitstatus = pytest.ExitCode.INTERNAL_ERROR
         elif exitstatus == 0 and not all(r.judged for r in reports):
@@ -174,52 +222,45 @@ class Run:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
-        from detr_conformance.report import files, terminal
+        if self.config.option.collectonly:
+            return
+        from detr_conformance.report import terminal
 
-        markup = {
-            "good": {"green": True, "bold": True},
-            "bad": {"red": True, "bold": True},
-            "quiet": {"light": True},
-            "bold": {"bold": True},
-        }
-        reports = list(self.reports())
-        for report in reports:
+        writer = self.config.get_terminal_writer()
+        for report in self.reports():
             terminalreporter.section("detr-conformance")
-            for line in terminal.screen(report):
-                for text, style in line:
-                    terminalreporter.write(text, **markup.get(style, {}))
-                terminalreporter.write_line("")
-        directory = self.option("report")
-        if directory:
-            try:
-                terminalreporter.write_line(f"report  {files.write_json(reports, directory)}")
-            except OSError as error:
-                terminalreporter.write_line(
-                    f"--conformance-report={directory}: {error.strerror}; no report was written"
-                )
+            terminalreporter.write(terminal.text(report, writer.fullwidth, writer.hasmarkup))
+        for line in self.written:
+            terminalreporter.write_line(line)
 
     # --- what was found ---
 
-    def reports(self) -> Iterator[Report]:
+    def write(self, reports: Sequence[Report]) -> None:
+        """Write what was asked for, and remember what to say of it."""
+        from detr_conformance.report import files
+
+        directory, summary = self.option("report"), os.environ.get("GITHUB_STEP_SUMMARY")
+        for place, how in ((directory, files.write), (summary, files.append_summary)):
+            try:
+                self.written += how(reports, place) if place and reports else ()
+            except OSError as error:
+                self.written.append(f"no report in {place}: {error.strerror or error}")
+
+    def reports(self) -> list[Report]:
         """A report a candidate, of what its items said, in the contract's order whichever worker was first."""
-        from detr_conformance.findings import Report, finding_from
+        if not self.identities:
+            return []
         from detr_conformance.registry import checks
-
-        order = {check.name: i for i, check in enumerate(checks())}
-        for found in self.said.values():
-            if found["about"]:
-                findings = [
-                    finding_from(f) for f in found["findings"] if (f["check"], f["verdict"]) != ("smoke", "pass")
-                ]
-                findings.sort(key=lambda f: order.get(f.check, -1))
-                yield Report(**{**found["about"], "notes": tuple(found["about"]["notes"])}, findings=tuple(findings))
-
-    def about(self, worker: Worker) -> dict[str, Any]:
-        """What the report says besides findings."""
         from detr_conformance.runner import report
 
-        whole = asdict(report(worker.identity, self.settings(), ()))
-        return {name: value for name, value in whole.items() if name != "findings"}
+        settings, seconds = self.settings(), time.monotonic() - self.started
+        reports = []
+        for name, identity in self.identities.items():
+            found = {f.check: f for f in self.found.get(name, ())}
+            wanted = [c.name for c in checks(identity.profile, settings.level, settings.clauses)]
+            findings, missing = [found[c] for c in wanted if c in found], [c for c in wanted if c not in found]
+            reports.append(report(identity, settings, findings, seconds, missing))
+        return self.accepted.checked(reports) if self.accepted else reports
 
 
 class CandidateNode(pytest.Collector):
@@ -237,6 +278,20 @@ class CandidateNode(pytest.Collector):
             yield FindingItem.from_parent(self, name=f"{check.clause.id}-{check.name}", check=check)
 
 
+class Shown(str):
+    """A failure's message, which pytest prints through this: the clause and the names of fields stand out."""
+
+    def toterminal(self, tw: Any) -> None:
+        head, *rest = self.splitlines() or [""]
+        clause, space, sentence = head.partition(" ")
+        tw.write(clause, red=True, bold=True)
+        tw.line(space + sentence, bold=True)
+        for line in rest:
+            named = re.match(r"( {6}\w+(?: \w+)?)( {2,}.*)", line)
+            tw.write(named[1] if named else "", light=True)
+            tw.line(named[2] if named else line)
+
+
 class Broken(Exception):
     """A finding that fails its item; its text is the message."""
 
@@ -247,6 +302,7 @@ class FindingItem(pytest.Item):
     def __init__(self, *, parent: CandidateNode, check: Check | None, **kwargs: Any) -> None:
         super().__init__(parent=parent, **kwargs)
         self.node, self.check = parent, check
+        self.found: Finding | None = None
         if self.config.pluginmanager.hasplugin("xdist"):
             # the checks of an experiment share its calls, so they belong into one process
             experiment = check.on.name if check else "smoke"
@@ -255,12 +311,15 @@ class FindingItem(pytest.Item):
     def runtest(self) -> None:
         worker = self.node.worker
         finding: Finding = worker.finding(self.check) if self.check else worker.identity.smoke
-        said = {"candidate": self.node.name, "finding": asdict(finding)}
-        if self.check is None:
-            said["about"] = self.node.run.about(worker)
-        self.user_properties.append((PROPERTY, json.dumps(said)))
+        run, names = self.node.run, (worker.identity.name, worker.identity.spec)
+        finding = run.accepted.accept(finding, names) if run.accepted else finding
+        finding = run.with_repro(finding, worker)
+        self.found = finding
+        self.user_properties += [(k, getattr(finding, k)) for k in ("clause", "level", "verdict")]
         if finding.verdict in ("declined", "blocked"):
             pytest.skip(f"{finding.clause} {finding.verdict}: {finding.message}")
+        if finding.accepted:
+            pytest.xfail(finding.deviation)
         if finding.verdict != "pass" and finding.level != "information":
             raise Broken(finding.message)
 

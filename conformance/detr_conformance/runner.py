@@ -6,26 +6,28 @@ the wiring is right, and runs experiments when a finding of theirs is asked for.
 
 from __future__ import annotations
 
+import os
 import platform
 import time
 import traceback
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Final
 
 import numpy as np
 
-from detr_conformance import devices, evidence, experiments, messages, shrink
+from detr_conformance import devices, evidence, experiments, messages, provenance, shrink, signatures
 from detr_conformance.candidate import Bound, bind
 from detr_conformance.cases import Case, Recipe, build
 from detr_conformance.diagnosis import Diagnoser
 from detr_conformance.errors import ConformanceError
 from detr_conformance.experiments import Experiment
-from detr_conformance.findings import Evidence, Finding, Report
+from detr_conformance.findings import Call, Evidence, Finding, Report
 from detr_conformance.inference import explaining
 from detr_conformance.observation import observe
 from detr_conformance.registry import LEVELS, Check, Comparison, checks, near
+from detr_conformance.soundness import BROKEN, Soundness
 from detr_conformance.tallies import RAISES, Tallies, Tally, judged, tallied
 from detr_reference.options import PROFILES
 
@@ -66,8 +68,8 @@ class Settings:
 
 @dataclass(frozen=True)
 class Identity:
-    """What was bound: the candidate's name, its profile and why that one, its options, remarks said aloud, and the
-    device that it is compared on with the CPU."""
+    """What was bound: the candidate's name, its profile and why that one, its options, remarks said aloud, the device
+    that it is compared on with the CPU, the string that it was found by, and where its code lies."""
 
     name: str
     profile: str
@@ -76,6 +78,8 @@ class Identity:
     notes: tuple[str, ...]
     smoke: Finding
     device: str = devices.CPU
+    spec: str = ""
+    source: dict[str, str] = field(default_factory=dict)
 
 
 class Judge:
@@ -86,9 +90,11 @@ class Judge:
 
         torch.set_num_threads(1)
         self.settings = settings
+        self._sound = Soundness()  # before the candidate's first line runs
         device = devices.chosen(settings.device)
         self.bound = replace(bind(spec, settings.profile), device=device)
         self._found: dict[str, Tallies] = {}
+        self._after: dict[str, bool] = {}  # whether the textbook was the same after an experiment
         self._diagnoser = Diagnoser(self.bound, self._tallies)
 
     def identity(self) -> Identity:
@@ -104,12 +110,24 @@ class Judge:
             notes.append(f"the factory does not name {', '.join(sorted(fixed))}: judged at {bound.profile}'s defaults")
         return Identity(
             bound.name, bound.profile, bound.profile_from, dict(bound.candidate.options), tuple(notes), smoke(bound),
-            bound.device,
+            bound.device, bound.spec, provenance.of(bound.candidate.factory),
         )  # fmt: skip
 
     def finding(self, name: str) -> Finding:
         """The finding of one check."""
         check = next(c for c in checks(self.bound.profile) if c.name == name)
+        try:
+            found = self._finding(check)
+        except Exception:
+            if self._sound.holds:
+                raise
+            return blocked(check, BROKEN)
+        if check.on.name not in self._after:
+            self._after[check.on.name] = self._sound.holds
+        decided = found.verdict in ("pass", "fail")
+        return blocked(check, BROKEN) if decided and not self._after[check.on.name] else found
+
+    def _finding(self, check: Check) -> Finding:
         reason = self._not_made(check.on)
         if reason:
             return _finding(check, "declined", reason)
@@ -119,12 +137,12 @@ class Judge:
             reason = "; ".join(tally.notes) or ("" if tally.decided else self._why_declined(check))
             raised = self._tallies(check.on).raised
             if not tally.decided and raised:
-                verdict, reason = "blocked", f"the candidate raises: {raised}"
+                return blocked(check, f"the candidate raises: {raised}", answering(check, self.bound.profile))
             return _finding(check, verdict, reason, decided=tally.decided)
         case, comparison = tally.failing
         for other in self._earlier(check, case, comparison):
             if self._tally(other).failing is not None:
-                return _finding(check, "blocked", f"blocked by {other.clause.id}, {other.name.replace('_', ' ')}")
+                return blocked(check, f"blocked by {other.clause.id}, {other.name.replace('_', ' ')}", other.name)
         shown = self._evidence(check, *tally.failing)
         option: dict[str, Any] = {}
         looks_like = None
@@ -132,13 +150,22 @@ class Judge:
             if not check.on.numbers:  # where options show, they show in what one call returns
                 option = explaining(self.bound, check, tally.cases, self._tallies)
             looks_like = self._diagnoser.diagnose(check, tally)
-        name = self.bound.name
+        name = self.bound.spec or self.bound.name
         if check.component == "devices":
             name += f" --conformance-device={self.bound.device}"
         message = messages.failure(
             check.clause.id, check.clause.sentence, check.clause.level, shown, name, looks_like, option
         )
-        return replace(_finding(check, "fail", message, shown, tally.decided), diagnosis=looks_like)
+        found = _finding(check, "fail", message, shown, tally.decided)
+        return replace(found, diagnosis=looks_like, values=signatures.values(tally))
+
+    def replayed(self, name: str, call: Call, label: str) -> Comparison | None:
+        """What a check finds wrong with a stored call, or None. Raises LookupError where it decides nothing."""
+        check = next(c for c in checks(self.bound.profile) if c.name == name)
+        found = list(judged(check, check.on.observe(self.bound, evidence.case_of(call, label))))
+        if not found:
+            raise LookupError(f"{name} decides nothing on this call alone")
+        return next((c for c in found if not c.ok), None)
 
     def failing(self, check: Check) -> Comparison | None:
         """What ``check`` itself finds wrong, whatever it comes after; None where it finds nothing."""
@@ -257,14 +284,19 @@ def judge(
     clauses: Sequence[str] = (),
     seed: int = 0,
     limit: float = 20.0,
+    ledger: str | os.PathLike[str] | None = None,
 ) -> Report:
     """Judge a criterion against the contract.
 
     ``candidate``: an entry point, module, ``module:attribute``, ``file.py:attribute``, a factory, a criterion, or a
-    ``Candidate``. ``limit``: seconds that one call may take. Raises ConformanceError or CandidateError where an
-    argument or the candidate cannot be used; whatever the candidate does when called is a finding.
+    ``Candidate``. ``limit``: seconds that one call may take. ``ledger``: the file of accepted deviations (see
+    ``ledger``). Raises ConformanceError or CandidateError where an argument or the candidate cannot be used; whatever
+    the candidate does when called is a finding.
     """
+    from detr_conformance import ledger as ledgers
     from detr_conformance.isolation import Worker
+
+    accepted = None if ledger is None else ledgers.read(ledger)
 
     selected = (clauses,) if isinstance(clauses, str) else tuple(clauses)
     settings = Settings(profile, level, effort, device, seed, selected)
@@ -274,21 +306,34 @@ def judge(
         wanted = checks(identity.profile, level, selected)
         worker.ask_ahead(wanted)
         found = [worker.finding(c) for c in wanted]
-    return report(identity, settings, found, time.monotonic() - start)
+    whole = report(identity, settings, found, time.monotonic() - start)
+    return whole if accepted is None else accepted.applied(whole)
 
 
-def report(identity: Identity, settings: Settings, findings: Sequence[Finding], seconds: float = 0.0) -> Report:
-    """The report of these findings; the smoke finding comes first where it failed."""
+def report(
+    identity: Identity,
+    settings: Settings,
+    findings: Sequence[Finding],
+    seconds: float = 0.0,
+    missing: Sequence[str] = (),
+) -> Report:
+    """The report of these findings; the smoke finding comes first where it failed. ``missing``: checks not reached."""
     first = [identity.smoke] if identity.smoke.verdict != "pass" else []
     return Report(
         identity.name, identity.profile, identity.profile_from, settings.level, settings.effort, settings.seed,
-        identity.options, versions(), (*first, *findings), identity.notes, seconds, identity.device,
+        identity.options, versions(), (*first, *findings), identity.notes, seconds, identity.device, identity.spec,
+        clauses=settings.clauses, missing=tuple(missing), source=identity.source,
     )  # fmt: skip
 
 
-def blocked(check: Check, reason: str) -> Finding:
-    """A finding that could not be reached."""
-    return _finding(check, "blocked", reason)
+def blocked(check: Check, reason: str, by: str = "") -> Finding:
+    """A finding that could not be reached. ``by``: the check that blocks it."""
+    return replace(_finding(check, "blocked", reason), blocked_by=by)
+
+
+def answering(check: Check, profile: str) -> str:
+    """The check that answers for a candidate that raises in the same experiment."""
+    return next((c.name for c in checks(profile) if c.on is check.on and c.takes_raising), "")
 
 
 def ended(check: Check, candidate: str, how: str, doing: str) -> Finding:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from detr_conformance import cleaning
 from detr_conformance.candidate import Bound
 from detr_conformance.cases import Case, Recipe, build
 from detr_conformance.designed import duel_case, pair_case
@@ -335,7 +336,7 @@ def _copied(bound: Bound, case: Case) -> Seen:
             with foreign(f"copy {name}"):
                 twin = make()
         except Exception as error:
-            trials[name] = Observation(case, raised=said(error), message=str(error))
+            trials[name] = Observation(case, raised=said(error), message=cleaning.exception(error))
         else:
             trials[name] = observe(bound, case, criterion=twin, grads=False)
     return replace(seen, trials=trials, remarks=remarks)

@@ -1,109 +1,90 @@
-"""The screen: the verdict by component, what was not judged, and the last line. Knows findings alone."""
+"""The screen: who is judged, the verdict by component, what was not judged, and the verdict. Knows findings alone."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Literal
+import io
+from typing import Final, Literal
 
-from detr_conformance.findings import COMPONENTS, Finding, Report
+from rich.console import Console, Group, RenderableType
+from rich.padding import Padding
+from rich.segment import Segment, Segments
+from rich.table import Table
+from rich.text import Text
 
-Style = Literal["", "good", "bad", "quiet", "bold"]
-Part = tuple[str, Style]
+from detr_conformance.findings import Report
+from detr_conformance.report import summary
 
-
-def screen(report: Report) -> Iterator[list[Part]]:
-    """All lines of a report."""
-    yield from header(report)
-    yield []
-    yield from components(report.findings)
-    yield []
-    yield from last(report)
+GOOD, BAD, QUIET = "bold green", "bold red", "dim"
+STYLES: Final = {"right": GOOD, "wrong": BAD, "not judged": QUIET, "broken": "red", "declined": QUIET}
 
 
-def header(report: Report) -> Iterator[list[Part]]:
+def text(report: Report, width: int = 100, colour: bool = False) -> str:
+    """The whole screen, in lines of at most ``width`` columns."""
+    return rendered(screen(report), width, colour)
+
+
+def rendered(what: RenderableType, width: int, colour: bool) -> str:
+    """Anything of rich as text, without blanks at the ends of lines."""
+    to = io.StringIO()
+    system: Literal["standard"] | None = "standard" if colour else None
+    console = Console(
+        file=to, width=width, color_system=system, force_terminal=colour, highlight=False, no_color=not colour,
+        legacy_windows=False,
+    )  # fmt: skip
+    for line in console.render_lines(what, pad=False):
+        while line and not line[-1].text.strip():
+            line.pop()
+        line[-1:] = [Segment(part.text.rstrip(), part.style) for part in line[-1:]]
+        console.print(Segments([*line, Segment.line()]), end="")
+    return to.getvalue()
+
+
+def screen(report: Report) -> RenderableType:
+    """All of a report but its failures, which pytest prints."""
+    return Group(header(report), "", components(report), "", last(report))
+
+
+def header(report: Report) -> RenderableType:
     """Who is judged, and how."""
     v = report.versions
     where = "cpu" if report.device in ("cpu", "none") else f"cpu and {report.device}"
     suite = f"detr-conformance {v['detr-conformance']} · torch {v['torch']} {where} float32 · seed {report.seed}"
-    yield [(suite, "quiet")]
     options = "".join(f" · {k}={value!r}" for k, value in report.options.items())
-    yield [("candidate  ", "quiet"), (report.candidate, "bold")]
-    yield [
-        ("profile    ", "quiet"),
-        (report.profile, "bold"),
-        (f" ({report.profile_from}) · level {report.level} · effort {report.effort}{options}", ""),
-    ]
-    for note in report.notes:
-        yield [("note       ", "quiet"), (note, "")]
+    profile = Text(report.profile, "bold")
+    profile.append(f" ({report.profile_from}) · level {report.level} · effort {report.effort}{options}", "not bold")
+    lines = [("candidate", Text(report.candidate, "bold")), ("profile", profile)]
+    return Group(Text(suite, QUIET), _fields([*lines, *(("note", Text(n, QUIET)) for n in report.notes)]))
 
 
-def components(findings: Sequence[Finding]) -> Iterator[list[Part]]:
-    """A line a component: its verdict, and the clauses that are broken, blocked or declined."""
-    for component in COMPONENTS:
-        own = [f for f in _binding(findings) if f.component == component and f.check != "smoke"]
-        if not own:
-            continue
-        broken = _clauses(own, "fail", "error")
-        blocked = [c for c in _clauses(own, "blocked") if c not in broken]
-        declined = [c for c in _clauses(own, "declined") if c not in broken + blocked]
-        word, style = _verdict(broken, blocked, own)
-        passed = sum(f.verdict == "pass" for f in own)
-        line: list[Part] = [
-            (f"  {component:<18}", ""),
-            (f"{word:<14}", style),
-            (f"{passed} of {len(own)} checks", "quiet"),
-        ]
-        for name, ids, ids_style in (
-            ("broken", broken, "bad"),
-            ("blocked", blocked, ""),
-            ("declined", declined, "quiet"),
-        ):
-            if ids:
-                line.append((f" · {name} {', '.join(ids)}", ids_style))  # type: ignore[arg-type]
-        yield line
+def components(report: Report) -> RenderableType:
+    """A row a component: its verdict, and the clauses that are broken, blocked or declined."""
+    table = Table.grid(padding=(0, 2, 0, 0))
+    for width in (16, 12, None, None):
+        table.add_column(min_width=width, no_wrap=width is not None)
+    for row in summary.components(report):
+        checks = Text(f"{row.passed} of {row.checks} checks", QUIET)
+        parts = [Text(f"{name} {', '.join(own)}", STYLES.get(name, "")) for name, own in row.parts]
+        table.add_row(row.component, Text(row.word, STYLES.get(row.word, "")), checks, Text(" · ").join(parts))
+    return Padding(table, (0, 0, 0, 2))
 
 
-def last(report: Report) -> Iterator[list[Part]]:
-    """The verdict and its counts."""
-    binding = _binding(report.findings)
-    judged = {f.clause for f in binding if f.check != "smoke" and f.verdict != "declined"}
-    broken = {f.clause for f in binding if f.verdict in ("fail", "error") and f.check != "smoke"}
-    blocked = {f.clause for f in binding if f.verdict == "blocked"} - broken
-    declined = {f.clause for f in binding if f.verdict == "declined"} - judged
-    word: Part = ("CONFORMANT", "good") if report.conformant else ("NOT CONFORMANT", "bad")
-    if not judged - blocked and not broken:
-        word = ("NOTHING WAS JUDGED", "bad")
-    counts = f"  {len(judged - broken - blocked)} of {len(judged)} clauses met"
-    for name, found in (("broken", broken), ("blocked", blocked), ("declined", declined)):
-        if found:
-            counts += f" · {len(found)} {name}"
-    yield [(f"{report.profile}, {report.level}: ", ""), word, (counts, "")]
-    for f in report.findings:
-        said = f.message if f.verdict == "pass" else ""
-        if f.level == "information" and f.verdict == "fail" and f.evidence:
-            said = f"{f.evidence.what} is {f.evidence.got}, by the formula {f.evidence.want}"
-        if said:
-            yield [("for information  ", "quiet"), (f"{f.clause}: {said}", "quiet")]
-    reasons: dict[str, list[str]] = {}
-    for f in report.findings if judged else ():
-        if f.verdict == "declined" and f.message and f.clause not in reasons.get(f.message, []):
-            reasons.setdefault(f.message, []).append(f.clause)
-    for reason, clauses in reasons.items():
-        yield [("not judged  ", "quiet"), (f"{', '.join(clauses)}: {reason}", "quiet")]
+def last(report: Report) -> RenderableType:
+    """The verdict, its counts, and what it does not cover."""
+    verdict = Text(f"{report.profile}, {report.level}: ")
+    verdict.append(summary.headline(report).upper(), GOOD if report.conformant else BAD)
+    verdict.append(f"  {summary.counts(report)}")
+    said = [("deviation", Text(f.deviation)) for f in report.deviations]
+    said += [("ledger", Text(problem, BAD)) for problem in report.ledger]
+    said += [("for information", Text(f"{clause}: {words}", QUIET)) for clause, words in summary.informed(report)]
+    said += [("not judged", Text(f"{what}: {why}", QUIET)) for what, why in summary.untested(report)]
+    return Group(verdict, *([_fields(said)] if said else []))
 
 
-def _binding(findings: Sequence[Finding]) -> list[Finding]:
-    """Those that decide a verdict."""
-    return [f for f in findings if f.level != "information"]
-
-
-def _clauses(findings: Sequence[Finding], *verdicts: str) -> list[str]:
-    return list(dict.fromkeys(f.clause for f in findings if f.verdict in verdicts))
-
-
-def _verdict(broken: list[str], blocked: list[str], own: Sequence[Finding]) -> tuple[str, Style]:
-    if broken:
-        return "wrong", "bad"
-    if blocked:
-        return "not reached", ""
-    return ("right", "good") if any(f.verdict == "pass" for f in own) else ("not judged", "quiet")
+def _fields(lines: list[tuple[str, Text]]) -> RenderableType:
+    """``name  text``, each text wrapped beside its name."""
+    table = Table.grid(padding=(0, 2, 0, 0))
+    table.add_column(style=QUIET, no_wrap=True)
+    table.add_column()
+    for name, said in lines:
+        table.add_row(name, said)
+    return table

@@ -1,0 +1,133 @@
+"""The commands ``diff`` and ``matrix``."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from detr_conformance.comparing import Difference, Matrix
+
+STYLES = {"broke": "bold red", "mended": "bold green", "changed": "dim", "fail": "red", "error": "red", "pass": "green"}
+
+
+def diff(
+    old: Annotated[Path, typer.Argument(help="the report.json before")],
+    new: Annotated[Path, typer.Argument(help="the report.json after")],
+    as_json: Annotated[bool, typer.Option("--json", help="print it as JSON")] = False,
+) -> None:
+    """Print what broke, what was mended and what changed between two reports; exit status 1 where something broke.
+
+    Example: detr-conformance diff main/report.json branch/report.json
+    """
+    from detr_conformance import comparing
+
+    found = _or_complain(lambda: comparing.differences(comparing.read(old), comparing.read(new)))
+    if as_json:
+        typer.echo(json.dumps([{**asdict(d), "broke": d.broke} for d in found], indent=1, ensure_ascii=False))
+    else:
+        for one in found:
+            _show(_changes(one))
+    if any(d.broke for d in found):
+        raise typer.Exit(1)
+
+
+def matrix(
+    reports: Annotated[list[Path], typer.Argument(help="report.json of each implementation")],
+    as_json: Annotated[bool, typer.Option("--json", help="print it as JSON")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="print it as a Markdown table")] = False,
+    html: Annotated[Path | None, typer.Option(help="write it as a page to this file")] = None,
+) -> None:
+    """Print clauses × implementations: each cell the verdict, and which known fault a failure looks like.
+
+    Example: detr-conformance matrix detr/report.json dino/report.json --html matrix.html
+    """
+    from detr_conformance import comparing
+
+    found = _or_complain(lambda: comparing.matrix([(str(path), r) for path in reports for r in comparing.read(path)]))
+    if html is not None:
+        from detr_conformance.report import files, page
+
+        _or_complain(lambda: files.replace(html, page.matrix(found)))
+        typer.echo(f"wrote {html}", err=as_json or markdown)
+    if as_json:
+        typer.echo(json.dumps(found.to_dict(), indent=1, ensure_ascii=False))
+    elif markdown:
+        typer.echo("\n".join(_table(found)))
+    elif html is None:
+        _show(_grid(found))
+
+
+def _or_complain(ask: Any) -> Any:
+    """The answer; or the one line that says what is wrong, and exit status 2."""
+    from detr_conformance.comparing import NoReport
+
+    try:
+        return ask()
+    except NoReport as error:
+        typer.echo(f"error: {error}", err=True)
+    except OSError as error:
+        typer.echo(f"error: {error.filename}: {error.strerror}", err=True)
+    raise typer.Exit(2)
+
+
+def _show(what: Any) -> None:
+    from detr_conformance.report import terminal
+
+    width, terminal_there = shutil.get_terminal_size((100, 24)).columns, sys.stdout.isatty()
+    typer.echo(terminal.rendered(what, width, terminal_there), nl=False)
+
+
+def _changes(found: Difference) -> Any:
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table.grid(padding=(0, 2, 0, 0))
+    for kind in ("broke", "mended", "changed"):
+        for c in (c for c in found.changes if c.kind == kind):
+            what = Text(f"{c.check.replace('_', ' ')}\n")
+            what.append(f"{c.before} → {c.after}", "dim")
+            table.add_row(Text(kind, STYLES[kind]), Text(c.clause), what)
+    verdict = found.after if found.before == found.after else f"{found.before} → {found.after}"
+    numbers = {kind: sum(c.kind == kind for c in found.changes) for kind in ("broke", "mended", "changed")}
+    counts = [f"{n} {kind}" for kind, n in numbers.items() if n]
+    head = Text(found.candidate, "bold")
+    head.append(f", {found.profile}: {verdict} · {', '.join(counts) or 'no difference'}", "not bold")
+    remarks = [Text(f"note  {remark}", "dim") for remark in found.remarks]
+    return Group(head, *remarks, table) if found.changes else Group(head, *remarks)
+
+
+def _grid(found: Matrix) -> Any:
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    table.add_column("clause", no_wrap=True)
+    for column in found.columns:
+        table.add_column(Text(f"{column['name']}\n{column['profile']}: {column['verdict']}"), overflow="fold")
+    for id, row in found.rows.items():
+        cells = [Text(_in_words(c), STYLES.get(c.verdict, "dim")) for c in row]
+        table.add_row(id, *cells)
+    return Group(table, *[Text(f"note  {remark}", "dim") for remark in found.remarks])
+
+
+def _in_words(cell: Any) -> str:
+    verdict = "–" if cell.verdict == "absent" else cell.verdict
+    return f"{verdict}: {cell.looks}" if cell.looks else str(verdict)
+
+
+def _table(found: Matrix) -> list[str]:
+    from detr_conformance.report.markdown import code, plain
+
+    heads = [f"{code(c['name'])}<br>{c['profile']}: {c['verdict']}" for c in found.columns]
+    lines = [f"| clause | {' | '.join(heads)} |", "|---" * (1 + len(heads)) + "|"]
+    lines += [f"| {plain(id)} | {' | '.join(plain(_in_words(c)) for c in row)} |" for id, row in found.rows.items()]
+    return lines + [line for remark in found.remarks for line in ("", plain(remark))]
