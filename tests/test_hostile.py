@@ -162,7 +162,7 @@ def test_memory_that_runs_out_is_the_candidate_s_fault():
 
 def test_results_that_change_are_no_pure_function():
     count = itertools.count()
-    report = judged(doing(after=lambda losses: {k: v + next(count) for k, v in losses.items()}), "PURE-2", "NORM-1")
+    report = judged(doing(after=lambda losses: {k: v + next(count) for k, v in losses.items()}), "PURE-2")
     assert "PURE-2" in {f.clause for f in report.failed}
 
 
@@ -195,10 +195,9 @@ def test_gradients_switched_off_for_good_are_no_bug_of_ours():
     [
         lambda: setattr(torch, "manual_seed", lambda seed: None),
         lambda: torch.set_default_dtype(torch.float64),
-        lambda: setattr(torch, "allclose", lambda *_: True),
         lambda: setattr(torch, "equal", lambda *_: True),
     ],
-    ids=["manual_seed", "default dtype", "allclose", "equal"],
+    ids=["manual_seed", "default dtype", "equal"],
 )
 def test_a_wrong_loss_is_found_whatever_else_was_changed(before):
     report = judged(doing(before, halved), "NORM-1")

@@ -28,6 +28,7 @@ app.command()(candidate_commands.smoke)
 app.command()(replay_command.replay)
 app.command()(compare_commands.diff)
 app.command()(compare_commands.matrix)
+app.command()(compare_commands.merge)
 
 
 @app.callback()

@@ -41,7 +41,8 @@ def _published(o: Options) -> Iterator[dict[str, Any]]:
         yield from ({"class_divisor": divisor} for divisor in ("boxes", "matches"))  # Open-GroundingDino
     if o.has_encoder:
         yield from ({"encoder_suffix": suffix} for suffix in _NAMES)
-        yield from ({"encoder_targets": kind} for kind in ("real", "class-zero"))
+        kinds = ("real", "class-zero") if o.class_loss == "focal" else ()
+        yield from ({"encoder_targets": kind} for kind in kinds)
         yield from ({"encoder_key": key, "encoder_suffix": suffix} for key in _PLACES for suffix in _NAMES)
     yield from ({"set_cost_class": weight} for weight in (1.0, 2.0))  # Grounding DINO, Table 8 and §4.1
     yield from ({"ce_loss_coef": weight} for weight in (1.0, 2.0))

@@ -6,6 +6,7 @@ elsewhere it is spawned, which a string can bear.
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import os
 import pickle
@@ -333,6 +334,7 @@ def _silence(errors: str) -> None:
     with suppress(OSError, ValueError):
         sys.stdout.flush()
         sys.stderr.flush()
+    faulthandler.disable()  # pytest's writes to the terminal
     null, log = os.open(os.devnull, os.O_RDWR), os.open(errors, os.O_WRONLY | os.O_APPEND)
     os.dup2(null, 0)
     os.dup2(null, 1)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import secrets
 import time
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import asdict
@@ -27,8 +28,9 @@ OPTIONS: Final = {
     "level": ("must", "LEVEL", "must or should"),
     "effort": ("standard", "EFFORT", "quick, standard (up to 100 searched cases an experiment) or deep"),
     "device": ("cpu", "DEVICE", "what to compare with the cpu: auto, cuda, mps or xpu; cpu: nothing"),
-    "seed": ("0", "N", "seed of the searched cases"),
+    "seed": ("", "N", "seed of the searched cases [0; at effort deep a new one every time]"),
     "limit": ("20", "SECONDS", "how long one call of the candidate may take"),
+    "database": ("", "WHERE", "keep inputs found to fail for the next run: a folder, or redis://host:port/number"),
     "ledger": ("", "FILE", "accepted deviations, a TOML file; see detr-conformance ledger --help"),
     "report": ("", "DIR", "write report.json, report.html, report.md and badge.json into this folder"),
 }
@@ -55,7 +57,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     if config.option.candidate:
+        _fresh_seed(config)
         config.pluginmanager.register(Run(config), "detr-conformance-run")
+
+
+def _fresh_seed(config: pytest.Config) -> None:
+    """Effort deep searches elsewhere every time, all workers of a run with the same seed, which the report names."""
+    effort = config.option.conformance_effort or config.getini("conformance_effort")
+    if effort == "deep" and config.option.conformance_seed is None and not config.getini("conformance_seed"):
+        config.option.conformance_seed = str(secrets.randbelow(2**31))
 
 
 class Run:
@@ -78,9 +88,9 @@ class Run:
         given = self.config.getoption(f"conformance_{name}")
         return str(self.config.getini(f"conformance_{name}") if given is None else given)
 
-    def number(self, name: str, kind: type[int] | type[float]) -> float:
+    def number(self, name: str, kind: type[int] | type[float], default: str = "") -> float:
         """A number; raises UsageError where it is none."""
-        text = self.option(name)
+        text = self.option(name) or default
         try:
             return kind(text)
         except ValueError:
@@ -95,8 +105,9 @@ class Run:
             level=self.option("level"),
             effort=self.option("effort"),
             device=self.option("device"),
-            seed=int(self.number("seed", int)),
+            seed=int(self.number("seed", int, "0")),
             clauses=tuple(self.config.option.clause),
+            database=self.option("database"),
         )
 
     def bind(self) -> None:

@@ -25,6 +25,7 @@ from detr_conformance.tallies import RAISES
 from detr_reference.textbook import textbook
 
 TERM_OF = {"class loss": "ce", "tokens": "ce", "L1": "bbox", "GIoU": "giou"}  # by component
+MOST_COSTS = 10_000  # that a report should hold
 PARTS = ("pred_logits", "pred_boxes", "pred_masks")
 
 
@@ -86,6 +87,8 @@ def _matching(seen: Seen, layer: str, image: int) -> Repeat | None:
     if layer not in seen.case.layers:
         return None
     costs, best = seen.costs(layer, image), seen.best[layer][image]
+    if costs.numel() > MOST_COSTS:
+        return None
     least = float(costs[best.query, best.target].sum())
     # each pair of either assignment may be off by the most that rounding explains
     allowed = 2 * len(best) * float(seen._allowed_cost(layer, image).max())

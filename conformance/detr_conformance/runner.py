@@ -27,6 +27,7 @@ from detr_conformance.findings import Call, Evidence, Finding, Report
 from detr_conformance.inference import explaining
 from detr_conformance.observation import observe
 from detr_conformance.registry import LEVELS, Check, Comparison, checks, near
+from detr_conformance.sharing import Shared
 from detr_conformance.soundness import BROKEN, Soundness
 from detr_conformance.tallies import RAISES, Tallies, Tally, judged, tallied
 from detr_reference.options import PROFILES
@@ -45,6 +46,7 @@ class Settings:
     device: str = "cpu"
     seed: int = 0
     clauses: tuple[str, ...] = ()
+    database: str = ""
 
     def __post_init__(self) -> None:
         known: dict[str, tuple[Any, Sequence[str]]] = {
@@ -93,6 +95,7 @@ class Judge:
         self._sound = Soundness()  # before the candidate's first line runs
         device = devices.chosen(settings.device)
         self.bound = replace(bind(spec, settings.profile), device=device)
+        self._shared = Shared(settings.database) if settings.database else None
         self._found: dict[str, Tallies] = {}
         self._after: dict[str, bool] = {}  # whether the textbook was the same after an experiment
         self._diagnoser = Diagnoser(self.bound, self._tallies)
@@ -144,6 +147,8 @@ class Judge:
             if self._tally(other).failing is not None:
                 return blocked(check, f"blocked by {other.clause.id}, {other.name.replace('_', ' ')}", other.name)
         shown = self._evidence(check, *tally.failing)
+        if self._shared is not None:
+            self._shared.keep(self.bound, check.on, case)
         option: dict[str, Any] = {}
         looks_like = None
         if comparison.what != RAISES and not check.on.once:
@@ -220,6 +225,8 @@ class Judge:
 
     def _cases(self, experiment: Experiment) -> Iterator[Case]:
         yield from experiment.fixed(self.bound)
+        if self._shared is not None and experiment.drawn is not None:
+            yield from self._shared.cases(self.bound, experiment)
         count = int(EFFORTS[self.settings.effort] * experiment.share)
         if experiment.drawn is not None and count:
             from detr_conformance.strategies import sample

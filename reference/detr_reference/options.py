@@ -88,6 +88,8 @@ class Options:
         for name, allowed in CHOICES.items():
             if getattr(new, name) not in allowed:
                 raise ValueError(f"{name}={getattr(new, name)!r}; it must be one of {', '.join(map(repr, allowed))}")
+        if (new.class_loss, new.encoder_targets) == ("token", "class-zero"):
+            raise ValueError("encoder_targets='class-zero' needs classes; with class_loss='token' it must be 'real'")
         return new
 
 

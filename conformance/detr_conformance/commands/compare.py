@@ -1,4 +1,4 @@
-"""The commands ``diff`` and ``matrix``."""
+"""The commands ``diff``, ``matrix`` and ``merge``."""
 
 from __future__ import annotations
 
@@ -62,6 +62,31 @@ def matrix(
         typer.echo("\n".join(_table(found)))
     elif html is None:
         _show(_grid(found))
+
+
+def merge(
+    reports: Annotated[list[Path], typer.Argument(help="report.json of each shard")],
+    to: Annotated[Path, typer.Option(help="the folder that gets the merged reports")] = Path("merged"),
+) -> None:
+    """Write the reports of one run's shards as one; exit status 1 where a candidate is not conformant.
+
+    Example: detr-conformance merge shard-*/report.json --to merged
+    """
+    from detr_conformance import comparing, merging
+    from detr_conformance.report import files, terminal
+
+    try:
+        found = merging.merged(_or_complain(lambda: [r for path in reports for r in comparing.read(path)]))
+    except merging.NotOne as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from None
+    lines = _or_complain(lambda: files.write(found, str(to)))
+    for report in found:
+        typer.echo(terminal.text(report))
+    for line in lines:
+        typer.echo(line)
+    if not all(r.conformant for r in found):
+        raise typer.Exit(1)
 
 
 def _or_complain(ask: Any) -> Any:

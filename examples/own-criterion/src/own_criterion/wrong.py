@@ -1,4 +1,4 @@
-"""The same criterion with a mistake that is easily made: l1_loss takes the mean over pairs and coordinates by default."""
+"""The same criterion with a mistake that is easily made: l1_loss takes the mean of everything by default."""
 
 import torch.nn.functional as F
 
