@@ -12,6 +12,7 @@ import importlib.metadata
 import textwrap
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from detr_conformance.findings import Evidence, Finding
 
@@ -33,7 +34,7 @@ def written(finding: Finding, spec: str, profile: str, directory: str | Path) ->
     folder = Path(directory) / "repro"
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.py"
-    path.write_text(script(finding, spec, profile, name), "utf-8")
+    path.write_text(script(finding, spec, profile, name), "utf-8", "backslashreplace")
     path.with_suffix(".npz").write_bytes(packed)
     head, rerun, tail = finding.message.partition(_RERUN)
     line = f"\n      {'repro':<12}python {path.as_posix()}"
@@ -55,13 +56,23 @@ def script(finding: Finding, spec: str, profile: str, name: str) -> str:
     about += [f"Needs the criterion, numpy, torch, and {name}.npz. Written by detr-conformance {_version()}."]
     it = {k: v for k, v in asdict(shown.repeat).items() if k != "costs"}
     constants = {"CANDIDATE": _imported(spec), "PROFILE": profile, "OPTIONS": shown.call.options, "IT": it}
-    lines = [_filled(f"{key} = {value!r}") for key, value in constants.items()]
+    lines = [f"{key} = {_filled(value)}" for key, value in constants.items()]
     comment = "\n".join(f"# {line}" for line in about)
     return f"{comment}\n\n{imports}" + "\n".join(lines) + f"\n\n{mark}{body}"
 
 
-def _filled(line: str) -> str:
-    return textwrap.fill(line, 118, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
+def _filled(value: Any) -> str:
+    """A value as Python reads it; a dict in lines that are not too long."""
+    if not isinstance(value, dict):
+        return repr(value)
+    lines = [""]
+    for key, item in value.items():
+        text = f"{key!r}: {item!r},"
+        if lines[-1] and len(lines[-1]) + len(text) > 112:
+            lines.append("")
+        lines[-1] = f"{lines[-1]} {text}".lstrip()
+    body = "\n".join(f"    {line}" for line in lines)
+    return f"{{\n{body}\n}}"
 
 
 def _packed(shown: Evidence) -> bytes:
