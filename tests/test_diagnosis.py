@@ -125,12 +125,12 @@ def test_two_together_are_said_to_be_and_survive_json():
     judge = Judge(candidate_of(book, "detr"), Settings(profile="detr", effort="quick", clauses=("BOX-5",)))
     finding = judge.finding("disjoint_boxes_are_pulled_together")
     assert finding.diagnosis.together
-    assert '" together (' in finding.message.replace("\n", " ")
+    assert '" together (' in " ".join(finding.message.split())
     assert "usual fix: " in finding.message
     assert finding_from(asdict(finding)) == finding
 
 
-@pytest.mark.parametrize("calls", [0, 5, 300])
+@pytest.mark.parametrize("calls", [0, 5, 20])
 def test_a_spent_budget_ends_the_search(monkeypatch, calls):
     asked = []
 

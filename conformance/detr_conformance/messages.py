@@ -49,10 +49,26 @@ def _field(name: str, text: str) -> list[str]:
     """``name      text``, each line of the text wrapped beside the name."""
     lines: list[str] = []
     for line in text.splitlines() or [""]:
-        inner = "" if not lines else "    "
-        lines += textwrap.wrap(line, WIDTH - 18, subsequent_indent=inner, break_long_words=False) or [""]
+        lines += _wrapped(line, WIDTH - 18, "    " if lines else "")
     first, *rest = lines
     return [f"      {name:<12}{first}", *(f"      {INDENT}{line}" for line in rest)]
+
+
+def _wrapped(line: str, width: int, inner: str) -> list[str]:
+    """A line in lines of ``width``, broken between its parts, which two spaces divide, before anywhere else."""
+    if len(line) <= width:
+        return [line]
+    parts = [part for part in line.split("  ") if part]
+    lines = [parts[0]]
+    for part in parts[1:]:
+        if len(lines[-1]) + 2 + len(part) <= width:
+            lines[-1] += "  " + part
+        else:
+            lines.append(inner + part)
+    found: list[str] = []
+    for one in lines:
+        found += textwrap.wrap(one, width, subsequent_indent=inner, break_long_words=False)
+    return found
 
 
 def inputs(case: Case) -> str:

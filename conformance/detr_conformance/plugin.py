@@ -240,7 +240,9 @@ class Run:
         writer = self.config.get_terminal_writer()
         for report in self.reports():
             terminalreporter.section("detr-conformance")
-            terminalreporter.write(terminal.text(report, writer.fullwidth, writer.hasmarkup))
+            # line by line: what the terminal's encoding lacks is escaped by pytest, and a line's end with it
+            for line in terminal.text(report, writer.fullwidth, writer.hasmarkup).splitlines():
+                terminalreporter.write_line(line)
         for line in self.written:
             terminalreporter.write_line(line)
 

@@ -9,7 +9,19 @@ from typing import Final
 
 from detr_conformance.bench import RIGHT, Bench, Suspects
 from detr_conformance.experiments import BATCH, CONFIGURED, DUELS
-from detr_conformance.footprints import ANY_TERM, HERE, MATCHED, OWN, Atom, Atoms, Probe, changed, is_log, wraps
+from detr_conformance.footprints import (
+    ANY_TERM,
+    HERE,
+    MATCHED,
+    OWN,
+    TERM_OF,
+    Atom,
+    Atoms,
+    Probe,
+    changed,
+    is_log,
+    wraps,
+)
 from detr_conformance.registry import Check, Fault
 from detr_conformance.tallies import KEPT
 from detr_reference.textbook import TERMS
@@ -100,11 +112,21 @@ class Search:
         found = [f for f in self.bench.suspects(plain) if not changed(self.bench.book((f,))) <= alone]
         if self.view == OWN:
             found = [f for f in found if f.check.component in MATCHING or f.check is check]
-        elif all(a[0] == "grad" for a in self.wrong):  # values are right, so few faults come into question
+        elif self.view == HERE and plain:  # a formula of one term explains nothing of another
+            terms = {_term(a) for a in self.wrong}
+            found = [f for f in found if self._terms_of(f) & terms or not self._terms_of(f)]
+        if self.view != OWN and all(
+            a[0] == "grad" for a in self.wrong
+        ):  # values are right, so few faults come into question
             found = [f for f in found if f.check.component in SLOPES or f.check.clause is check.clause]
         order: list[Callable[[Fault], bool]] = [lambda f: f.check is check, lambda f: f.check.clause is check.clause]
         order += [lambda f: f.check.component == check.component]
         return sorted(found, key=lambda f: tuple(not o(f) for o in order))
+
+    def _terms_of(self, fault: Fault) -> set[str]:
+        """The terms that a fault's formulas are of, where they are formulas of single terms alone; else none."""
+        own = changed(self.bench.book((fault,)))
+        return {TERM_OF[name] for name in own} if own <= TERM_OF.keys() else set()
 
     # --- single faults ---
 
@@ -115,7 +137,9 @@ class Search:
             return []
         for fault in self.known:
             if self.spent():
-                return []  # not all were tried, so none can be told apart
+                if fault.check.component == self.check.component:
+                    return []  # not all of those were tried that could be mistaken for each other
+                break
             if footprint := self.fits((fault,)):
                 shown[fault] = footprint
         fitting = [f for f, own in shown.items() if not any(own < more for more in shown.values())]
