@@ -63,8 +63,9 @@ def test_the_wrong_criterion_is_red_with_its_clause_and_diagnosis(repository):
     assert done.returncode == 1
     assert "detr, must: NOT CONFORMANT" in done.stdout
     assert 'looks like  l1-with-its-default-mean "F.l1_loss with its default mean' in done.stdout
-    [line] = [x for x in done.stdout.splitlines() if x.startswith("      repro ")]
-    script = line.split()[2]
+    lines = [x for x in done.stdout.splitlines() if x.startswith("      repro ")]
+    assert len(lines) == 1, done.stdout
+    script = lines[0].split()[2]
     for candidate, status in (((), 1), (("own_criterion",), 0)):
         repro = [sys.executable, script, *candidate]
         path = {**os.environ, "PYTHONPATH": "src"}
