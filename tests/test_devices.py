@@ -210,3 +210,8 @@ def test_gradients_pass_through_it():
         assert leaf.is_leaf
         assert isinstance(gradient, There)
         assert gradient.tolist() == [3, 3]
+
+
+def test_what_a_device_rounds_by_is_told_of_accelerators_alone():
+    assert devices.switches("cpu") == devices.switches("none") == ""
+    assert "TF32 in matmul off" in devices.switches("cuda")

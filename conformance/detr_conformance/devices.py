@@ -79,6 +79,21 @@ def of(name: str) -> Accelerator:
     return KNOWN.get(name) or _OTHERS[name]
 
 
+def switches(name: str) -> str:
+    """What the candidate's process allows a device to round by, beside its dtypes; "" where that is nothing."""
+    if name not in KNOWN:
+        return ""
+    found = {"float32 matmul precision": torch.get_float32_matmul_precision()}
+    if name == "cuda":
+        found |= {"TF32 in matmul": _on(torch.backends.cuda.matmul.allow_tf32)}
+        found |= {"TF32 in cudnn": _on(torch.backends.cudnn.allow_tf32)}
+    return f"{name}: " + ", ".join(f"{what} {how}" for what, how in found.items())
+
+
+def _on(value: bool) -> str:
+    return "on" if value else "off"
+
+
 def declined(name: str) -> str:
     """Why nothing can be compared with the CPU, or ""."""
     if name == CPU:

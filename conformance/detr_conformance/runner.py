@@ -111,6 +111,7 @@ class Judge:
         fixed = {"num_classes", "num_decoder_layers"} - bound.varies
         if fixed and bound.options.class_loss != "token":
             notes.append(f"the factory does not name {', '.join(sorted(fixed))}: judged at {bound.profile}'s defaults")
+        notes += [said] if (said := devices.switches(bound.device)) else []
         return Identity(
             bound.name, bound.profile, bound.profile_from, dict(bound.candidate.options), tuple(notes), smoke(bound),
             bound.device, bound.spec, provenance.of(bound.candidate.factory),
