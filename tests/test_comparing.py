@@ -128,9 +128,9 @@ def test_what_is_no_report_is_refused_in_one_line(tmp_path, written, command, co
         bad.write_bytes(content)
     result = run(app, [command, written("good.json", sample.right), str(bad)])
     assert result.exit_code == 2
-    assert words in result.stderr
-    assert result.stderr.startswith(f"error: {bad}: ")
-    assert len(result.stderr.splitlines()) == 1
+    assert words in result.output
+    assert result.output.startswith(f"error: {bad}: ")
+    assert len(result.output.splitlines()) == 1
 
 
 # --- matrix ---
