@@ -33,6 +33,10 @@ def test_a_wrong_criterion_is_found(wrong):
     assert next(broken(wrong), None), wrong.sentence
 
 
+def test_what_a_criterion_has_no_part_for_is_not_broken():
+    assert not list(broken(next(r for r in RIGHT if r.id == "grounding-dino/port")))
+
+
 def broken(wrong):
     """The clauses of level must that fail at effort quick, without evidence and diagnosis."""
     judge = Judge(wrong.factory, Settings(profile=wrong.profile, effort="quick"))

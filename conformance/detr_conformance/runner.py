@@ -174,7 +174,9 @@ class Judge:
         return next((c for c in found if not c.ok), None)
 
     def failing(self, check: Check) -> Comparison | None:
-        """What ``check`` itself finds wrong, whatever it comes after; None where it finds nothing."""
+        """What ``check`` itself finds wrong, whatever it comes after; None where it finds nothing or is not made."""
+        if self._not_made(check.on):
+            return None
         failing = self._tally(check).failing
         return failing[1] if failing else None
 
