@@ -214,7 +214,7 @@ class Run:
             said = json.loads(getattr(report, FOUND))
             self.found.setdefault(said["candidate"], []).append(finding_from(said["finding"]))
             if report.failed and isinstance(report.longrepr, str):
-                report.longrepr = Shown(report.longrepr)
+                report.longrepr = Shown(report.longrepr)  # type: ignore[assignment]  # what has toterminal will do
 
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
@@ -291,11 +291,18 @@ class CandidateNode(pytest.Collector):
             yield FindingItem.from_parent(self, name=f"{check.clause.id}-{check.name}", check=check)
 
 
-class Shown(str):
-    """A failure's message, which pytest prints through this: the clause and the names of fields stand out."""
+class Shown:
+    """A failure's message, which pytest prints through this: the clause and the names of fields stand out. It is no
+    text, else pytest prints it once more in its summary where the variable CI is set."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def __str__(self) -> str:
+        return self.text
 
     def toterminal(self, tw: Any) -> None:
-        head, *rest = self.splitlines() or [""]
+        head, *rest = self.text.splitlines() or [""]
         clause, space, sentence = head.partition(" ")
         tw.write(clause, red=True, bold=True)
         tw.line(space + sentence, bold=True)
