@@ -105,7 +105,7 @@ def test_candidates_of_runs_of_several_are_paired_by_name(written):
     assert result.exit_code == 0
     assert "other (detr) is in the old report only" in result.output
     none = run(app, ["diff", written("a.json", sample.right, other), written("b.json", sample.report())])
-    assert none.exit_code == 2
+    assert none.exit_code == 4
     assert "no candidate is in both reports" in none.output
 
 
@@ -127,7 +127,7 @@ def test_what_is_no_report_is_refused_in_one_line(tmp_path, written, command, co
     if content is not None:
         bad.write_bytes(content)
     result = run(app, [command, written("good.json", sample.right), str(bad)])
-    assert result.exit_code == 2
+    assert result.exit_code == 4
     assert words in result.output
     assert result.output.startswith(f"error: {bad}: ")
     assert len(result.output.splitlines()) == 1

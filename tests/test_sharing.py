@@ -17,7 +17,7 @@ from detr_conformance.cases import Recipe, build
 from detr_conformance.cli import app
 from detr_conformance.errors import ConformanceError
 from detr_conformance.experiments import BATCH
-from detr_conformance.merging import NotOne, merged
+from detr_conformance.merging import merged
 from detr_conformance.registry import checks
 from detr_conformance.report import files
 from detr_conformance.runner import Judge, Settings
@@ -139,7 +139,7 @@ def test_a_failure_of_one_shard_is_one_of_all(shards):
 
 
 def test_reports_of_other_profiles_do_not_merge(shards):
-    with pytest.raises(NotOne, match="the profile of one is 'detr', of another 'dino'"):
+    with pytest.raises(ConformanceError, match="the profile of one is 'detr', of another 'dino'"):
         merged([shards[0], replace(shards[1], profile="dino")])
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
+
+from detr_conformance.errors import ConformanceError
 
 if TYPE_CHECKING:
     from detr_conformance.findings import Finding, Report
@@ -14,29 +14,6 @@ if TYPE_CHECKING:
 ABSENT: Final = "absent"
 WRONG: Final = ("fail", "error")
 MET: Final = ("pass", "deviation")
-
-
-class NoReport(ValueError):
-    """A file that holds no report, or reports that cannot be set side by side."""
-
-
-def read(path: Path) -> list[Report]:
-    """The reports in a file. Raises NoReport in one line that names the file."""
-    from detr_conformance.report import files
-
-    try:
-        found = files.read(json.loads(path.read_text("utf-8")))
-    except (OSError, UnicodeDecodeError) as error:
-        why = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-        raise NoReport(f"{path}: {why}") from None
-    except RecursionError:
-        raise NoReport(f"{path}: not a report of detr-conformance: it is nested too deeply") from None
-    except ValueError as error:  # JSON's own is one
-        kind = "not JSON: " if isinstance(error, json.JSONDecodeError) else ""
-        raise NoReport(f"{path}: {kind}{error}") from None
-    if not found:
-        raise NoReport(f"{path}: it holds no report")
-    return found
 
 
 # --- two ------------------------------------------------------------------------------------------------------------
@@ -71,14 +48,17 @@ class Difference:
 
 
 def differences(old: Sequence[Report], new: Sequence[Report]) -> list[Difference]:
-    """Candidate by candidate; where there is one each, whatever their names. Raises NoReport where none is in both."""
+    """Candidate by candidate; where there is one each, whatever their names.
+
+    Raises ConformanceError where none is in both.
+    """
     if len(old) == len(new) == 1:
         return [difference(old[0], new[0])]
     before = {(r.candidate, r.profile): r for r in old}
     after = {(r.candidate, r.profile): r for r in new}
     both = [key for key in before if key in after]
     if not both:
-        raise NoReport("no candidate is in both reports under the same profile")
+        raise ConformanceError("no candidate is in both reports under the same profile")
     found = [difference(before[key], after[key]) for key in both]
     for key in (*before, *after):
         if key not in both:

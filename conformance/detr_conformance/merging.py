@@ -6,18 +6,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Final
 
+from detr_conformance.errors import ConformanceError
 from detr_conformance.findings import Finding, Report
 
 # which of two findings of one check stands: a failure is one wherever it was found; to pass is more than not to judge
 ORDER: Final = ("fail", "error", "deviation", "pass", "ambiguous", "blocked", "declined")
 
 
-class NotOne(ValueError):
-    """Reports that are not of one candidate judged in one way."""
-
-
 def merged(reports: Sequence[Report]) -> list[Report]:
-    """One report a candidate. Raises NotOne that names what differs."""
+    """One report a candidate. Raises ConformanceError that names what differs."""
     by_name: dict[str, list[Report]] = {}
     for report in reports:
         by_name.setdefault(report.candidate, []).append(report)
@@ -30,9 +27,9 @@ def _one(own: Sequence[Report]) -> Report:
         for name in ("profile", "options", "level", "effort", "source"):
             if getattr(other, name) != getattr(first, name):
                 one, two = getattr(first, name), getattr(other, name)
-                raise NotOne(f"{first.candidate}: the {name} of one is {one!r}, of another {two!r}")
+                raise ConformanceError(f"{first.candidate}: the {name} of one is {one!r}, of another {two!r}")
         if other.versions["detr-conformance"] != first.versions["detr-conformance"]:
-            raise NotOne(f"{first.candidate}: judged by different versions of detr-conformance")
+            raise ConformanceError(f"{first.candidate}: judged by different versions of detr-conformance")
     found: dict[str, list[Finding]] = {}
     for finding in (f for report in own for f in report.findings):
         found.setdefault(finding.check, []).append(finding)

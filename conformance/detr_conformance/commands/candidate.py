@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from detr_conformance.commands import templates
-from detr_conformance.commands.shared import PROFILES, one_of, print_json, refuse
+from detr_conformance.commands.shared import PROFILES, one_of, print_json, refuse, written
 
 if TYPE_CHECKING:
     from detr_conformance.runner import Identity
@@ -138,9 +138,5 @@ def _write(path: Path, text: str) -> str:
     """Write a file that is not there; says what was done."""
     if path.exists():
         return "kept"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, "utf-8")
-    except OSError as error:
-        refuse(f"{path}: {error.strerror}")
+    written(path, text)
     return "wrote"

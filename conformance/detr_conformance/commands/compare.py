@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 from dataclasses import asdict
@@ -10,6 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from detr_conformance.commands.shared import print_json, refuse, refusing, reports_in, written
 
 if TYPE_CHECKING:
     from detr_conformance.comparing import Difference, Matrix
@@ -28,9 +29,10 @@ def diff(
     """
     from detr_conformance import comparing
 
-    found = _or_complain(lambda: comparing.differences(comparing.read(old), comparing.read(new)))
+    with refusing():
+        found = comparing.differences(reports_in(old), reports_in(new))
     if as_json:
-        typer.echo(json.dumps([{**asdict(d), "broke": d.broke} for d in found], indent=1, ensure_ascii=False))
+        print_json([{**asdict(d), "broke": d.broke} for d in found])
     else:
         for one in found:
             _show(_changes(one))
@@ -50,14 +52,15 @@ def matrix(
     """
     from detr_conformance import comparing
 
-    found = _or_complain(lambda: comparing.matrix([(str(path), r) for path in reports for r in comparing.read(path)]))
+    with refusing():
+        found = comparing.matrix([(str(path), r) for path in reports for r in reports_in(path)])
     if html is not None:
-        from detr_conformance.report import files, page
+        from detr_conformance.report import page
 
-        _or_complain(lambda: files.replace(html, page.matrix(found)))
+        written(html, page.matrix(found))
         typer.echo(f"wrote {html}", err=as_json or markdown)
     if as_json:
-        typer.echo(json.dumps(found.to_dict(), indent=1, ensure_ascii=False))
+        print_json(found.to_dict())
     elif markdown:
         typer.echo("\n".join(_table(found)))
     elif html is None:
@@ -72,34 +75,21 @@ def merge(
 
     Example: detr-conformance merge shard-*/report.json --to merged
     """
-    from detr_conformance import comparing, merging
+    from detr_conformance import merging
     from detr_conformance.report import files, terminal
 
+    with refusing():
+        found = merging.merged([r for path in reports for r in reports_in(path)])
     try:
-        found = merging.merged(_or_complain(lambda: [r for path in reports for r in comparing.read(path)]))
-    except merging.NotOne as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from None
-    lines = _or_complain(lambda: files.write(found, str(to)))
+        lines = files.write(found, str(to))
+    except OSError as error:
+        refuse(f"{to}: {error.strerror}")
     for report in found:
         typer.echo(terminal.text(report))
     for line in lines:
         typer.echo(line)
     if not all(r.conformant for r in found):
         raise typer.Exit(1)
-
-
-def _or_complain(ask: Any) -> Any:
-    """The answer; or the one line that says what is wrong, and exit status 2."""
-    from detr_conformance.comparing import NoReport
-
-    try:
-        return ask()
-    except NoReport as error:
-        typer.echo(f"error: {error}", err=True)
-    except OSError as error:
-        typer.echo(f"error: {error.filename}: {error.strerror}", err=True)
-    raise typer.Exit(2)
 
 
 def _show(what: Any) -> None:

@@ -17,6 +17,7 @@ from detr_conformance.commands.shared import (
     refuse,
     refusing,
     reports_in,
+    written,
 )
 
 if TYPE_CHECKING:
@@ -62,10 +63,7 @@ def update(
         new = ledger.proposals(there, found)
     if new:
         text = file.read_text("utf-8") if file.is_file() else ledger.BEGINNING
-        try:
-            file.write_text("\n".join([text.rstrip("\n") + "\n", *new]), "utf-8")
-        except OSError as error:
-            refuse(f"{file}: {error.strerror}")
+        written(file, "\n".join([text.rstrip("\n") + "\n", *new]))
     if json:
         print_json({"file": str(file), "proposed": new})
         return
@@ -136,7 +134,7 @@ def prune(
     with refusing():
         gone = [e for e, why in there.untrue(found) if why.startswith("stale")]
     if gone:
-        file.write_text(ledger.without(file.read_text("utf-8"), gone), "utf-8")
+        written(file, ledger.without(file.read_text("utf-8"), gone))
     if json:
         print_json({"file": str(file), "removed": [e.where for e in gone]})
         return

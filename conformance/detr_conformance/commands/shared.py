@@ -52,10 +52,19 @@ def reports_in(path: Path) -> list[Report]:
     """The reports of a ``report.json``; ends the command where it is none."""
     from detr_conformance.report import files
 
+    with refusing():
+        return files.load(path)
+
+
+def written(path: Path, text: str) -> None:
+    """Write a file whole or not at all; ends the command where that cannot be."""
+    from detr_conformance.report import files
+
     try:
-        return files.read(json.loads(path.read_text("utf-8")))
-    except (OSError, ValueError) as error:
-        refuse(f"{path}: {error}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        files.replace(path, text)
+    except OSError as error:
+        refuse(f"{path}: {error.strerror}")
 
 
 def judged(candidates: list[str], profile: str, level: str, effort: str) -> list[Report]:

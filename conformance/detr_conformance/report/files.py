@@ -9,6 +9,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Final
 
+from detr_conformance.errors import ConformanceError
 from detr_conformance.findings import Report, report_from
 
 FORMAT: Final = "urn:detr-conformance:report:1"
@@ -34,6 +35,23 @@ def read(data: Any) -> list[Report]:
     if wrong is not None:
         raise ValueError(f"not a whole report: {wrong.json_path}: {wrong.message[:200]}")
     return [report_from(r) for r in data["reports"]]
+
+
+def load(path: Path) -> list[Report]:
+    """The reports in a file. Raises ConformanceError in one line that names the file."""
+    try:
+        found = read(json.loads(path.read_text("utf-8")))
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise ConformanceError(f"{path}: {why}") from None
+    except RecursionError:
+        raise ConformanceError(f"{path}: not a report of detr-conformance: it is nested too deeply") from None
+    except ValueError as error:  # JSON's own is one
+        kind = "not JSON: " if isinstance(error, json.JSONDecodeError) else ""
+        raise ConformanceError(f"{path}: {kind}{error}") from None
+    if not found:
+        raise ConformanceError(f"{path}: it holds no report")
+    return found
 
 
 def write(reports: Sequence[Report], directory: str) -> list[str]:
