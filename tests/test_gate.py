@@ -115,7 +115,8 @@ def test_the_example_works_as_a_wheel_in_an_environment_of_its_own(tmp_path):
     site = subprocess.run(where, capture_output=True, text=True, check=True).stdout.strip()
     (Path(site) / "outer.pth").write_text("\n".join(paths))
     pip = [python, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--no-index"]
-    subprocess.run([*pip, str(ROOT), str(EXAMPLE)], check=True, capture_output=True)
+    built = subprocess.run([*pip, str(ROOT), str(EXAMPLE)], check=False, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
     done = subprocess.run(
         [python, "-m", "pytest", "--candidate=own", "-p", "no:cacheprovider", *QUICK], cwd=tmp_path,
         capture_output=True, text=True, check=False,
