@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 from dataclasses import replace
 from typing import Any
 
@@ -25,7 +24,7 @@ def call(queries: int = 2) -> Call:
         "pred_boxes": torch.tensor([[0.25, 0.25, 0.25, 0.25], [1.0, 0.75, 0.25, 0.25]]).repeat(1, queries // 2, 1),
     }
     targets = [{"labels": torch.tensor([0]), "boxes": torch.tensor([[0.5, 0.75, 0.125, 0.375]])}]
-    packed = base64.b64encode(arrays.to_bytes(arrays.flat(outputs, targets))).decode()
+    packed = arrays.to_text(outputs, targets)
     return Call({"num_classes": 1}, packed, {"final": [[(0, 0)]]}, {"final": [[(1, 0)]]})
 
 

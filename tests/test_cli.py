@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
+import pytest
 from typer.testing import CliRunner
 
 from detr_conformance.cli import app
@@ -22,8 +25,17 @@ def test_explain_prints_a_clause_with_a_worked_number():
 
 def test_explain_refuses_what_it_does_not_know_with_the_nearest_clause():
     result = run(app, ["explain", "BOX2"])
-    assert result.exit_code == 2
+    assert result.exit_code == 4
     assert "did you mean 'BOX-2'" in result.output
+
+
+@pytest.mark.parametrize("words", [["cli", "explain"], ["cli", "prove", "--fast"], ["fixtures", "show"]])
+def test_wrong_use_ends_with_4(words):
+    module, *given = words
+    run_it = "import detr_fixtures.__main__ as m" if module == "fixtures" else "import detr_conformance.cli as m"
+    ran = subprocess.run([sys.executable, "-c", f"{run_it}; m.main()", *given], capture_output=True, text=True)
+    assert ran.returncode == 4, ran.stderr
+    assert "Usage: " in ran.stderr
 
 
 def test_the_specification_page_is_up_to_date():

@@ -130,5 +130,5 @@ def test_the_command_prints_a_table_and_names_what_it_does_not_know():
     assert result.exit_code == 0
     assert faults_on(SMALL, "dino")[0].id in result.output
     result = run(app, ["corpus", "permute"])
-    assert result.exit_code == 2
+    assert result.exit_code == 4
     assert "did you mean 'permuted'" in result.output

@@ -18,13 +18,14 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from detr_conformance import golden_check, golden_judge, golden_write
+from detr_conformance import golden_check, golden_judge, golden_write, judge
 from detr_conformance.adapters.textbook import candidate_of
 from detr_conformance.candidate import bind
 from detr_conformance.cli import app
 from detr_conformance.golden import Entry, case_of, entries, right
-from detr_conformance.golden_records import make, written
+from detr_conformance.golden_records import files_of, make, written
 from detr_conformance.registry import faults
+from detr_conformance.report import files
 from detr_fixtures import arrays, golden, vectors
 from detr_fixtures.exact import assignments, number
 from detr_fixtures.golden import FixtureError, Golden
@@ -190,7 +191,7 @@ def test_a_reader_without_our_package_recomputes_the_box_losses(folder: Path) ->
 
 def test_making_a_case_twice_gives_the_same_bytes(cases: dict[str, Golden]) -> None:
     for entry in list(entries("detr"))[::12]:
-        files = make(entry, tuple(cases[entry.name].record["kills"])).files
+        files = files_of(make(entry, tuple(cases[entry.name].record["kills"])))
         assert files == {name: (golden.GOLDEN / name).read_bytes() for name in files}, entry.name
 
 
@@ -367,8 +368,8 @@ def test_other_names_of_keys_are_no_mistake(cases: dict[str, Golden]) -> None:
     ("body", "said"),
     [
         ("raise KeyError('labels')", "it raises KeyError: 'labels'"),
-        ("import os; os._exit(0)", "it ends the process"),
-        ("while True: pass", "it does not return within 1 s"),
+        ("import os; os._exit(0)", "it ended the process with exit status 0"),
+        ("while True: pass", "it did not return within 1 s"),
         ("return 7", "it raises returned a int, not a dict of losses"),
     ],
 )
@@ -401,7 +402,7 @@ def test_every_case_can_be_drawn(cases: dict[str, Golden]) -> None:
 
 def test_an_unknown_case_is_named_with_the_nearest() -> None:
     ran = CliRunner().invoke(app, ["fixtures", "show", "detr/hand-seed-40"])
-    assert ran.exit_code == 2
+    assert ran.exit_code == 4
     assert "did you mean" in ran.output
 
 
@@ -422,17 +423,11 @@ def test_the_same_commands_are_a_module() -> None:
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The report of a criterion with one known fault, as it is written."""
-    from detr_conformance.runner import Judge, Settings, checks
-
     fault = next(f for f in faults("detr") if f.check.clause.id == "NORM-1")
-    judge = Judge(candidate_of(fault.apply(textbook), "detr", "wrong"), Settings(effort="quick"))
-    finding = next(f for f in (judge.finding(c.name) for c in checks("detr", "must", ["NORM-1"])) if f.evidence)
-    from dataclasses import asdict
-
-    path = tmp_path_factory.mktemp("report") / "report.json"
-    own = {"profile": "detr", "candidate": "wrong", "seed": 0, "findings": [asdict(finding)]}
-    path.write_text(json.dumps({"reports": [own]}), "utf-8")
-    return path
+    found = judge(candidate_of(fault.apply(textbook), "detr", "wrong"), effort="quick", clauses=["NORM-1"])
+    folder = tmp_path_factory.mktemp("report")
+    files.write([found], str(folder))
+    return folder / "report.json"
 
 
 def test_a_failing_input_becomes_a_golden_case_by_one_command(folder: Path, report: Path) -> None:
@@ -451,13 +446,13 @@ def test_what_was_found_is_made_again_from_its_stored_inputs(folder: Path, repor
 
     CliRunner().invoke(app, ["fixtures", "add", str(report), "NORM-1", "--name", "mean", "--folder", str(folder)])
     one = golden.load("detr/found-mean", folder)
-    again = make(found_entry(one), tuple(one.record["kills"]))
-    assert again.files == {name: (folder / name).read_bytes() for name in again.files}
+    again = files_of(make(found_entry(one), tuple(one.record["kills"])))
+    assert again == {name: (folder / name).read_bytes() for name in again}
 
 
 def test_a_clause_without_a_failing_input_is_named(folder: Path, report: Path) -> None:
     ran = CliRunner().invoke(app, ["fixtures", "add", str(report), "BOX-2", "--folder", str(folder)])
-    assert ran.exit_code == 2
+    assert ran.exit_code == 4
     assert "NORM-1" in ran.output
 
 

@@ -13,6 +13,7 @@ from detr_conformance.commands import compare as compare_commands
 from detr_conformance.commands import fixtures as fixtures_commands
 from detr_conformance.commands import ledger as ledger_commands
 from detr_conformance.commands import replay as replay_command
+from detr_conformance.commands.shared import WRONG_USE, refuse, written
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -32,8 +33,16 @@ app.command()(compare_commands.merge)
 
 
 @app.callback()
-def main() -> None:
+def commands() -> None:
     """One command a word; each has --help."""
+
+
+def main(name: str | None = None) -> None:
+    """Run a command; wrong use ends with exit status 4, which typer would end with 2."""
+    try:
+        app(prog_name=name)
+    except SystemExit as end:
+        raise SystemExit(WRONG_USE if end.code == 2 else end.code) from None
 
 
 @app.command()
@@ -51,10 +60,10 @@ def explain(
         if not any(c.clause.id.lower() == clause.lower() for c in own):
             raise ValueError(f"{clause!r} is not one clause; try {own[0].clause.id}")
     except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
+        refuse(str(error))
     found = own[0].clause
     if profile and profile not in found.profiles:
-        raise typer.BadParameter(f"{found.id} binds {', '.join(sorted(found.profiles))}", param_hint="--profile")
+        refuse(f"--profile={profile}: {found.id} binds {', '.join(sorted(found.profiles))}")
     console = Console(highlight=False, soft_wrap=True)
     console.print(f"[bold]{found.id}[/]  {found.sentence}", markup=True)
     console.print(f"{found.level} · {', '.join(sorted(found.profiles))}")
@@ -107,8 +116,7 @@ def spec(
 
     page = specification.page()
     if not check:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(page, "utf-8")
+        written(path, page)
         typer.echo(f"wrote {path}")
         return
     if not _up_to_date(path, page, "detr-conformance spec"):
@@ -152,16 +160,16 @@ def corpus(
         found = stored.read(there.read_text("utf-8"))
         stored_cases.experiments_named(chosen)
     except (OSError, ConformanceError) as error:
-        raise typer.BadParameter(str(error)) from None
+        refuse(str(error))
     if add or search:
         if search:
             found = corpus_search.search(found, chosen, seed, tell=typer.echo)
         else:
             found = corpus_search.add(found, chosen, tell=typer.echo)
-        there.write_text(stored.written(found), "utf-8")
+        written(there, stored.written(found))
         typer.echo(f"wrote {there}")
     if add or search or write:
-        path.write_text(corpus_page.page(found), "utf-8")
+        written(path, corpus_page.page(found))
         typer.echo(f"wrote {path}")
     if check:
         wrong = stored_cases.problems(found, chosen)
@@ -197,7 +205,7 @@ def prove(
     for line in proving.summary(outcome):
         typer.echo(line)
     if json_path is not None:
-        json_path.write_text(json.dumps(outcome.to_dict(), indent=1) + "\n", "utf-8")
+        written(json_path, json.dumps(outcome.to_dict(), indent=1) + "\n")
         typer.echo(f"wrote {json_path}")
     if outcome.problems:
         raise typer.Exit(1)

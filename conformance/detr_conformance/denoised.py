@@ -62,7 +62,7 @@ def _noised(rng: np.random.Generator, targets: Any, groups: int, half: int) -> A
 DINO: Final = frozenset({"dino"})  # the profile that has denoising queries
 _SIMPLEST: Final = (Recipe(301, (1,), 2, classes=3), 1)
 
-_MADE: Final[list[tuple[Any, ...]]] = [
+MADE_DENOISING: Final[list[tuple[Any, ...]]] = [
     _SIMPLEST,
     (Recipe(302, (1,), 3, classes=3), 2),
     (Recipe(303, (2,), 4, classes=4), 3),
@@ -79,7 +79,7 @@ _MADE: Final[list[tuple[Any, ...]]] = [
 
 
 def _cases(bound: Bound) -> Iterator[Case]:
-    return (denoised_case(bound, *made) for made in _MADE)
+    return (denoised_case(bound, *made) for made in MADE_DENOISING)
 
 
 def _drawn(bound: Bound, seed: int) -> Case:

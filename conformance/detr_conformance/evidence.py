@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -40,16 +39,15 @@ def of(check: Check, bound: Bound, label: str, case: Case, found: Comparison) ->
 
 
 def case_of(call: Call, label: str = "the stored call") -> Case:
-    """The case of a stored call."""
-    outputs, targets = arrays.nested(arrays.from_bytes(base64.b64decode(call.npz)))
-    options: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in call.options.items()}
-    return Case(label, Options(**options), outputs, tuple(targets))
+    """The case of a stored call. Raises ValueError where it is damaged."""
+    outputs, targets = arrays.nested(arrays.from_text(call.npz))
+    return Case(label, Options().with_(**call.options), outputs, tuple(targets))
 
 
 def _again(seen: Seen) -> Call | None:
     case = seen.case
     try:
-        packed = arrays.to_bytes(arrays.flat(case.outputs, case.targets))
+        packed = arrays.to_text(case.outputs, case.targets)
     except TypeError:  # an input that is meant to be none
         return None
     matched: dict[str, list[list[tuple[int, int]]]] = {}
@@ -60,7 +58,7 @@ def _again(seen: Seen) -> Call | None:
     except Exception:  # what was returned tells of no matching
         pass
     options = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(case.options).items()}
-    return Call(options, base64.b64encode(packed).decode("ascii"), matched, best)
+    return Call(options, packed, matched, best)
 
 
 def _gradient(seen: Seen, what: str) -> Gradient | None:

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Final
 
+LEVELS: Final = ("must", "should")  # that a run is judged at; information comes with should, and never fails it
+EFFORTS: Final = {"quick": 0, "standard": 100, "deep": 3000}  # by name, how many cases an experiment searches
 COMPONENTS: Final = (
     "matching",
     "matching costs",

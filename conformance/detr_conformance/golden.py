@@ -18,13 +18,10 @@ import torch
 from detr_conformance.adapters.textbook import candidate_of
 from detr_conformance.candidate import Bound, bind
 from detr_conformance.cases import Case, Recipe, as_float32, build
-from detr_conformance.denoised import _MADE as DENOISED
-from detr_conformance.denoised import denoised_case
+from detr_conformance.denoised import DINO, MADE_DENOISING, denoised_case
 from detr_conformance.experiments import made
 from detr_conformance.golden_options import OPTIONS, Setting
-from detr_conformance.masked import _EMPTY as UNMASKED
-from detr_conformance.masked import _ORDINARY as MASKED
-from detr_conformance.masked import masked_case
+from detr_conformance.masked import MADE_MASKS, MASKED, NO_MASKS, masked_case
 from detr_conformance.stored import Duel, Inputs, Pair, compact, corpus
 from detr_fixtures import arrays, golden
 from detr_reference.coco import Conversion, coco
@@ -86,15 +83,15 @@ def _all(profile: str) -> Iterator[Entry]:
     yield from (_of_recipe("edges", name, recipe, bound) for name, recipe in _EDGES.items())
     if bound.options.class_loss == "token":
         yield from (_of_recipe("edges", name, recipe, bound) for name, recipe in _PROMPTS.items())
-    yield from (_of_setting(bound, setting) for setting in OPTIONS if setting.changes(bound.options))
+    yield from (_of_setting(bound, setting) for setting in OPTIONS if setting.changes(profile))
     yield from _of_corpus(bound)
-    if profile in ("detr", "deformable-detr"):
-        for recipe, sizes, given in (*MASKED[:: 1 if profile == "detr" else 3], *UNMASKED[:2]):
+    if profile in MASKED:
+        for recipe, sizes, given in (*MADE_MASKS[:: 1 if profile == "detr" else 3], *NO_MASKS[:2]):
             case = masked_case(bound, recipe, sizes, given)
             origin = {"recipe": compact(recipe)["recipe"], "masks": [list(s) for s in sizes], "given": list(given)}
             yield Entry(f"seed {recipe.seed}", "masks", case, origin)
-    if profile == "dino":
-        for recipe, groups, *spare in DENOISED:
+    if profile in DINO:
+        for recipe, groups, *spare in MADE_DENOISING:
             origin = {"recipe": compact(recipe)["recipe"], "groups": groups, "spare": sum(spare)}
             yield Entry(f"seed {recipe.seed}", "denoising", denoised_case(bound, recipe, groups, *spare), origin)
     yield from _of_coco(bound)

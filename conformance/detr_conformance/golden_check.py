@@ -23,7 +23,7 @@ from detr_conformance import golden_coco, golden_judge, registry, tolerance
 from detr_conformance.candidate import Bound, bind
 from detr_conformance.corpus import spread
 from detr_conformance.golden import FOUND, case_of, entries, found_entry
-from detr_conformance.golden_records import Made, in_double, make
+from detr_conformance.golden_records import in_double, make
 from detr_conformance.tolerance import EPS, OPS
 from detr_fixtures import exact, golden
 from detr_fixtures.golden import FixtureError, Golden
@@ -83,16 +83,16 @@ def checked(job: Job) -> list[str]:
 # --- the first way --------------------------------------------------------------------------------------------------
 
 
-def changes(old: Golden, new: Made) -> list[str]:
+def changes(old: Golden, new: Golden) -> list[str]:
     """What would be another value if a case was made anew, beyond what rounding explains, in lines."""
     found = []
     for key in sorted({*old.record, *new.record}):
         if key != "expected" and old.record.get(key) != new.record.get(key):
             found.append(f"{key}: {_short(old.record.get(key))} → {_short(new.record.get(key))}")
-    for key in sorted({*old.expected, *new.record["expected"]}):
-        found += _changed(old, key, old.expected.get(key), new.record["expected"].get(key))
-    for name in sorted({*old.stored, *new.arrays}):
-        found += _changed_array(old, name, old.stored.get(name), new.arrays.get(name))
+    for key in sorted({*old.expected, *new.expected}):
+        found += _changed(old, key, old.expected.get(key), new.expected.get(key))
+    for name in sorted({*old.stored, *new.stored}):
+        found += _changed_array(old, name, old.stored.get(name), new.stored.get(name))
     return found
 
 

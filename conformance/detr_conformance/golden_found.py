@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
-import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from detr_conformance.cases import Case
+from detr_conformance import evidence
 from detr_conformance.errors import ConformanceError
+from detr_conformance.findings import Call, Evidence, Finding, Report
 from detr_conformance.golden import FOUND, Entry
 from detr_conformance.registry import near
-from detr_fixtures import arrays, golden
-from detr_reference.options import PROFILES, Options
+from detr_conformance.report import files
+from detr_fixtures import golden
 
 
 def entry(report: Path, clause: str, name: str = "") -> Entry:
@@ -23,49 +21,31 @@ def entry(report: Path, clause: str, name: str = "") -> Entry:
 
     ``name``: of the case, without its set; made of the clause and the input's hash where it is empty.
     """
-    reports = _reports(report)
-    failing = [(r, f) for r in reports for f in r["findings"] if (f.get("evidence") or {}).get("call")]
-    wanted = clause.lower()
-    for own, finding in failing:
-        if wanted in (finding["clause"].lower(), finding["check"].lower()):
-            return _entry(own, finding, name)
-    known = dict.fromkeys(finding["clause"] for _, finding in failing)
+    known: dict[str, None] = {}
+    for own in files.load(report):
+        for finding in own.findings:
+            if finding.evidence and finding.evidence.call:
+                known[finding.clause] = None
+                if clause.lower() in (finding.clause.lower(), finding.check.lower()):
+                    return _entry(own, finding, finding.evidence, finding.evidence.call, name)
     if not known:
         raise ConformanceError(f"{report} tells of no failing input that can be called again")
     raise ConformanceError(f"{report} has no input that fails {clause}{near(clause, known)}; it has {', '.join(known)}")
 
 
-def _reports(path: Path) -> list[Mapping[str, Any]]:
+def _entry(report: Report, finding: Finding, shown: Evidence, call: Call, name: str) -> Entry:
     try:
-        raw = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConformanceError(f"{path} cannot be read: {error}") from None
-    found = raw.get("reports", [raw]) if isinstance(raw, dict) else raw
-    if not isinstance(found, list) or not all(isinstance(r, dict) and "findings" in r for r in found):
-        raise ConformanceError(f"{path} is no report.json")
-    return found
-
-
-def _entry(report: Mapping[str, Any], finding: Mapping[str, Any], name: str) -> Entry:
-    call, profile = finding["evidence"]["call"], str(report["profile"])
-    if profile not in PROFILES:
-        raise ConformanceError(f"the report's profile {profile!r} is none of {', '.join(PROFILES)}")
-    try:
-        packed = base64.b64decode(call["npz"], validate=True)
-        outputs, targets = arrays.nested(arrays.from_bytes(packed))
-        options = Options().with_(**call["options"])
-    except (binascii.Error, KeyError, TypeError, ValueError) as error:
-        raise ConformanceError(f"the input of {finding['clause']} is damaged: {error}") from None
-    odd = sorted({str(t.dtype) for t in _floats(outputs) if str(t.dtype) != "torch.float32"})
+        case = evidence.case_of(call, f"{shown.case}: {shown.inputs.splitlines()[0]}")
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConformanceError(f"the input of {finding.clause} is damaged: {error}") from None
+    odd = sorted({str(t.dtype) for t in _floats(case.outputs) if str(t.dtype) != "torch.float32"})
     if odd:
-        raise ConformanceError(f"the input of {finding['clause']} is in {', '.join(odd)}; golden cases are in float32")
-    slug = name or f"{finding['clause']}-{golden.sha256(packed)[:8]}"
+        raise ConformanceError(f"the input of {finding.clause} is in {', '.join(odd)}; golden cases are in float32")
+    slug = name or f"{finding.clause}-{golden.sha256(call.npz.encode('ascii'))[:8]}"
     slug = re.sub(r"[^a-z0-9]+", "-", slug.lower()).strip("-")
-    label = str(finding["evidence"]["inputs"]).splitlines()[0]
-    faults = [str(id) for id, _ in (finding.get("diagnosis") or {}).get("faults", ())]
-    origin = {"found": {"clause": finding["clause"], "candidate": report["candidate"], "seed": report["seed"]}}
-    case = Case(f"{finding['evidence']['case']}: {label}", options, outputs, tuple(targets))
-    return Entry(f"{profile}/{FOUND}-{slug}", FOUND, case, origin, claimed=tuple(faults))
+    claimed = tuple(id for id, _ in finding.diagnosis.faults) if finding.diagnosis else ()
+    origin = {"found": {"clause": finding.clause, "candidate": report.candidate, "seed": report.seed}}
+    return Entry(f"{report.profile}/{FOUND}-{slug}", FOUND, case, origin, claimed=claimed)
 
 
 def _floats(value: Any) -> Iterator[Any]:

@@ -7,14 +7,9 @@ stored; then its numbers are held against the textbook at its own matching.
 from __future__ import annotations
 
 import math
-import multiprocessing
-import os
-import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Final
 
@@ -22,13 +17,15 @@ import torch
 from torch import Tensor
 
 from detr_conformance import tolerance
-from detr_conformance.candidate import Bound, bind
+from detr_conformance.candidate import Bound
 from detr_conformance.cases import Case
 from detr_conformance.contract import denoising, gradients, masks
 from detr_conformance.contract.compare import number
 from detr_conformance.errors import ConformanceError
 from detr_conformance.golden import case_of, right
+from detr_conformance.isolation import Worker
 from detr_conformance.observation import Observation, observe
+from detr_conformance.runner import Settings
 from detr_conformance.seen import Seen
 from detr_conformance.tolerance import EPS, OPS
 from detr_fixtures import golden
@@ -209,11 +206,11 @@ def gradient_differences(one: Golden, layer: str, term: str, got: Tensor, eps: f
 def smooth(seen: Seen, layer: str) -> Tensor:
     """The rows [B,Q] away from kinks: where coordinates are equal or edges in line, the gradient is a convention."""
     if layer.startswith(KNOWN):
-        return denoising._smooth(seen, layer)
+        return denoising.smooth(seen, layer)
     matched = torch.zeros(seen.layers[layer].boxes.shape[:2], dtype=torch.bool)
     for b, pairs in enumerate(seen.pairs[layer]):
         matched[b, pairs.query] = True
-    return gradients._smooth(seen, layer) | ~matched
+    return gradients.smooth(seen, layer) | ~matched
 
 
 def _allowed(at: _Judged, layer: str, term: str, want: Tensor) -> Tensor:
@@ -227,7 +224,7 @@ def _allowed(at: _Judged, layer: str, term: str, want: Tensor) -> Tensor:
 
 
 def _allowed_at_masks(at: _Judged, want: Tensor) -> Tensor:
-    given, _, m = masks._matched(at.seen)
+    given, _, m = masks.matched_masks(at.seen)
     if not len(m):
         return torch.zeros_like(want)
     matched = tolerance.of_mask_gradient(at.seen.book, given, m, at.seen.nb, at.eps)
@@ -290,85 +287,36 @@ def judge(
     """Judge a candidate on the golden cases, in a process of its own. ``only``: sets or names; ``limit``: seconds a
     call may take. Raises CandidateError, ConformanceError and FixtureError where nothing can be judged."""
     start = time.monotonic()
-    method = "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
-    context: Any = multiprocessing.get_context(method)
-    mine, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_serve, args=(theirs, spec, profile, folder, tuple(only)), daemon=True)
-    process.start()
-    theirs.close()
-    said: dict[str, Any] = {"who": (str(spec), profile or ""), "doing": "before the first call", "ended": ""}
     outcomes: list[Outcome] = []
-    try:
-        for kind, value in _heard(mine, limit, said):
-            if kind == "outcome":
-                outcomes.append(value)
-            elif kind == "error":
-                raise value
-            else:
-                said[kind] = value
-    finally:
-        _stop(process)
-    if said["ended"]:
-        outcomes.append(Outcome(said["doing"], FAIL, (said["ended"],), raised=True))
-    name, found = said["who"]
-    return Run(name, found, tuple(outcomes), said["ended"], time.monotonic() - start)
+    ended = ""
+    with Worker(spec, Settings(profile), limit) as worker:
+        name, of = worker.identity.name, worker.identity.profile
+        for case in selected(folder, of, only):
+            found = worker.golden(case, folder)
+            outcomes.append(Outcome(case, FAIL, (f"it {found}",), raised=True) if isinstance(found, str) else found)
+            if isinstance(found, str):
+                ended = found
+                break
+    return Run(name, of, tuple(outcomes), ended, time.monotonic() - start)
 
 
-def _heard(pipe: Connection, limit: float, said: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """What the other process says until it is done, silent for too long, or gone."""
-    while True:
-        try:
-            if not pipe.poll(limit):
-                said["ended"] = f"it does not return within {limit:g} s"
-                return
-            kind, value = pipe.recv()
-        except (EOFError, OSError):
-            said["ended"] = "it ends the process"
-            return
-        if kind == "done":
-            return
-        yield kind, value
-
-
-def _serve(pipe: Connection, spec: Any, profile: str | None, folder: Path, only: tuple[str, ...]) -> None:
-    torch.set_num_threads(1)
-    with suppress(OSError), open(os.devnull, "w") as nowhere:
-        os.dup2(nowhere.fileno(), 1)  # whatever a candidate prints
-    try:
-        bound = bind(spec, profile)
-        pipe.send(("who", (bound.name, bound.profile)))
-        every = selected(folder, bound.profile, only)
-        for one in every:
-            pipe.send(("doing", one.name))
-            pipe.send(("outcome", judged(bound, one)))
-        pipe.send(("done", None))
-    except (ConformanceError, golden.FixtureError) as error:
-        pipe.send(("error", error))
-
-
-def selected(folder: Path, profile: str, only: Sequence[str] = ()) -> list[Golden]:
-    """The cases of a profile, all or those of the named sets and names. Raises ConformanceError where there is none."""
-    found = list(golden.every(folder, profile))
-    chosen = [one for one in found if not only or one.set in only or one.name in only]
-    if not chosen:
+def selected(folder: Path, profile: str, only: Sequence[str] = ()) -> list[str]:
+    """The names of a profile's cases, all or those of the named sets and names. Raises ConformanceError where there is
+    none, and FixtureError."""
+    found = [name for name in golden.names(folder, profile) if not only or name in only or set_of(name) in only]
+    if not found:
         raise ConformanceError(f"no golden case of {profile} is {' or '.join(only) or 'there'}")
-    return chosen
+    return found
 
 
-def _stop(process: Any) -> None:
-    if process.is_alive():
-        process.join(0.2)
-    if process.is_alive() and process.pid:
-        with suppress(OSError):
-            os.kill(process.pid, signal.SIGTERM)
-        process.join(1)
-        process.kill()
-    process.join()
+def set_of(name: str) -> str:
+    """The set that the name of a case begins with."""
+    return name.partition("/")[2].partition("-")[0]
 
 
 def by_set(outcomes: Sequence[Outcome]) -> Mapping[str, list[Outcome]]:
-    """The outcomes by the set that a name begins with."""
+    """The outcomes by set."""
     found: dict[str, list[Outcome]] = {}
     for one in outcomes:
-        found.setdefault(one.name.partition("/")[2].split("-")[0] or "-", []).append(one)
+        found.setdefault(set_of(one.name), []).append(one)
     return found

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Final
 
-from detr_reference.options import Options
+from detr_conformance.masked import MASKED
+from detr_reference.options import PROFILES
 
 FOCAL: Final = ("focal", "token")
 SOFTMAX: Final = ("softmax",)
@@ -21,10 +22,11 @@ class Setting:
     of: tuple[str, ...] = EVERY
     beside: str = ""
 
-    def changes(self, options: Options) -> bool:
-        """True where these options can have the value, and do not have it already."""
-        if self.beside == "masks" and not (options.class_loss != "token" and options.giou_eps == 0):
-            return False  # the profiles that have masks
+    def changes(self, profile: str) -> bool:
+        """True where a profile can have the value, and does not have it already."""
+        options = PROFILES[profile]
+        if self.beside == "masks" and profile not in MASKED:
+            return False
         if self.beside == "encoder" and not options.has_encoder:
             return False
         return options.class_loss in self.of and getattr(options, self.name) != self.value

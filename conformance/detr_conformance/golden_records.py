@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import Any, Final
 
 import numpy as np
@@ -16,31 +16,16 @@ from detr_conformance.golden import Entry, right
 from detr_conformance.observation import Observation
 from detr_conformance.seen import Seen
 from detr_fixtures import arrays, golden
-from detr_fixtures.arrays import Arrays
 from detr_fixtures.exact import exact
 from detr_fixtures.expected import expected, places
+from detr_fixtures.golden import Golden
 from detr_reference.textbook import TERMS
 
 DIGITS: Final = 3  # of an allowed error: it is an estimate, and the same on every platform
 
 
-@dataclass(frozen=True, eq=False)
-class Made:
-    """A golden case as it is to be stored."""
-
-    name: str
-    record: dict[str, Any]
-    arrays: Arrays
-
-    @property
-    def files(self) -> dict[str, bytes]:
-        """The bytes of its two files by their names."""
-        packed = arrays.to_bytes(self.arrays, packed=False)
-        return {f"{self.name}.json": written(self.record).encode("utf-8"), f"{self.name}.npz": packed}
-
-
-def make(entry: Entry, kills: tuple[str, ...] = ()) -> Made:
-    """The record and arrays of a case. ``kills``: the known faults that it is shown to kill."""
+def make(entry: Entry, kills: tuple[str, ...] = ()) -> Golden:
+    """A case as it is to be stored. ``kills``: the known faults that it is shown to kill."""
     case, whole = entry.case, entry.made is None
     found = expected(case.options, case.outputs, case.targets, whole)
     inputs = arrays.flat(case.outputs, case.targets)
@@ -64,7 +49,13 @@ def make(entry: Entry, kills: tuple[str, ...] = ()) -> Made:
         "arrays": {name: golden.form(a) for name, a in stored.items()},
         "expected": {"losses": losses, "allowed": allowed, **own, "decided": decided, **more},
     }
-    return Made(entry.name, json.loads(json.dumps(record, allow_nan=False)), stored)
+    return Golden(entry.name, json.loads(json.dumps(record, allow_nan=False)), stored)
+
+
+def files_of(one: Golden) -> dict[str, bytes]:
+    """The bytes of its two files by their names."""
+    packed = arrays.to_bytes(one.stored, packed=False)
+    return {f"{one.name}.json": written(one.record).encode("utf-8"), f"{one.name}.npz": packed}
 
 
 def written(record: Mapping[str, Any]) -> str:
@@ -109,8 +100,8 @@ def reading(entry: Entry) -> Seen:
 
 def _of(seen: Seen, term: str, layer: str) -> float:
     if layer.startswith("dn"):
-        return denoising._allowed(seen, term, layer)
-    return masks._allowed(seen, term) if term in ("mask", "dice") else seen.allowed(term, layer)
+        return denoising.allowed_of(seen, term, layer)
+    return masks.allowed_of(seen, term) if term in ("mask", "dice") else seen.allowed(term, layer)
 
 
 def _rounded(value: float) -> float:

@@ -20,7 +20,7 @@ from detr_conformance.corpus import spread
 from detr_conformance.golden import ANNOTATIONS, FOUND, Entry, entries, found_entry
 from detr_conformance.golden_check import PARTS, changes
 from detr_conformance.golden_judge import judged
-from detr_conformance.golden_records import Made, make, written
+from detr_conformance.golden_records import files_of, make, written
 from detr_conformance.registry import Fault
 from detr_fixtures import golden
 from detr_fixtures.golden import FixtureError, Golden
@@ -89,7 +89,7 @@ def plan(folder: Path, kills: bool = False, processes: int = 2, tell: Tell = lam
         if name in old and not lines:
             files |= {f"{name}{end}": (folder / f"{name}{end}").read_bytes() for end in (".json", ".npz")}
         else:
-            files |= new.files
+            files |= files_of(new)
     added = tuple(name for name in made if name not in old and name not in damaged)
     removed = tuple(sorted({*old, *damaged} - {*made}))
     return Plan(dict(sorted(files.items())), added, removed, changed)
@@ -138,7 +138,8 @@ def add(folder: Path, entry: Entry, why: str) -> int:
     if f"{entry.name}.json" in files:
         raise FixtureError(f"there is a case {entry.name} already")
     shown = tuple(sorted(_killed(entry.profile, entry.claimed, [entry]).get(entry.name, ())))
-    whole = {name: (folder / name).read_bytes() for name in files} | make(replace(entry, claimed=shown), shown).files
+    whole = {name: (folder / name).read_bytes() for name in files}
+    whole |= files_of(make(replace(entry, claimed=shown), shown))
     return write(folder, Plan(dict(sorted(whole.items())), (entry.name,), (), {}), why)
 
 
@@ -193,8 +194,8 @@ def _jobs(folder: Path, kills: Mapping[str, tuple[str, ...]]) -> list[_Job]:
     return [_Job(folder, profile, part, kills) for part in range(PARTS) for profile in PROFILES]
 
 
-def _made(folder: Path, processes: int, tell: Tell, kills: Mapping[str, tuple[str, ...]]) -> dict[str, Made]:
-    found: dict[str, Made] = {}
+def _made(folder: Path, processes: int, tell: Tell, kills: Mapping[str, tuple[str, ...]]) -> dict[str, Golden]:
+    found: dict[str, Golden] = {}
     jobs = _jobs(folder, kills)
     for i, part in enumerate(spread(_make, jobs, processes), 1):
         found |= part
@@ -202,12 +203,12 @@ def _made(folder: Path, processes: int, tell: Tell, kills: Mapping[str, tuple[st
     return dict(sorted(found.items()))
 
 
-def _make(job: _Job) -> dict[str, Made]:
+def _make(job: _Job) -> dict[str, Golden]:
     own = _declared(job.folder, job.profile)[job.part :: PARTS]
     return {entry.name: make(entry, job.kills.get(entry.name, ())) for entry in own}
 
 
-def _differs(old: Golden | None, new: Made) -> bool:
+def _differs(old: Golden | None, new: Golden) -> bool:
     return old is None or bool(changes(old, new))
 
 
@@ -243,8 +244,7 @@ def _killed(profile: str, ids: Sequence[str], declared: Sequence[Entry]) -> dict
 
     def kills(fault: Fault, entry: Entry) -> bool:
         if entry.name not in cases:
-            one = make(entry)
-            cases[entry.name] = Golden(one.name, one.record, one.arrays)
+            cases[entry.name] = make(entry)
         bound = bind(candidate_of(fault.apply(textbook), profile))
         outcome = judged(bound, cases[entry.name])
         return outcome.verdict == "fail" and not outcome.raised

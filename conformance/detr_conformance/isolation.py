@@ -25,6 +25,9 @@ from detr_conformance.errors import ConformanceError
 from detr_conformance.findings import Call, Finding
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from detr_conformance.golden_judge import Outcome
     from detr_conformance.registry import Check, Comparison
     from detr_conformance.runner import Identity, Settings
 
@@ -113,18 +116,31 @@ class Worker:
         ``Judge.replayed`` raises."""
         from detr_conformance.registry import Comparison
 
+        answer = self._at_once("replayed", check.name, call, label)
+        if isinstance(answer, Ended):
+            return Comparison(False, "the call", "a dict of losses", answer.how)
+        found: Comparison | None = answer
+        return found
+
+    def golden(self, name: str, folder: Path) -> Outcome | str:
+        """What the candidate does on a stored golden case, or how it ended its process. Not while findings are asked
+        ahead. Raises FixtureError."""
+        answer = self._at_once("golden", name, folder)
+        found: Outcome | str = answer.how if isinstance(answer, Ended) else answer
+        return found
+
+    def _at_once(self, method: str, *args: Any) -> Any:
+        """The answer of the first process, started anew where it has ended, or Ended. Raises what it raises."""
         process = self._processes[0]
         if process is None:
             process = self._processes[0] = _Process(self._spec, self._settings, self._limit)
-        process.send("replayed", check.name, call, label)
+        process.send(method, *args)
         answer = process.receive()
         if isinstance(answer, BaseException):
             raise answer
         if isinstance(answer, Ended):
             self._processes[0] = None
-            return Comparison(False, "the call", "a dict of losses", answer.how)
-        found: Comparison | None = answer
-        return found
+        return answer
 
     def _ask(self, check: Check) -> bool:
         """Send the question; False where the candidate has ended its process too often."""

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from detr_conformance.errors import ConformanceError
-from detr_conformance.findings import Accepted, Finding, Report
+from detr_conformance.findings import EFFORTS, Accepted, Finding, Report
 from detr_conformance.registry import near
 from detr_conformance.signatures import alike
 
@@ -36,7 +36,6 @@ else:
 
 FORMAT: Final = 1
 STATES: Final = ("by-design", "not-yet", "bug")
-EFFORTS: Final = ("quick", "standard", "deep")
 TODAY: Final = "DETR_CONFORMANCE_TODAY"  # an ISO date: what day it is, for a test of one's own gate
 _HEADER: Final = re.compile(r"^\s*\[\[\s*deviation\s*\]\]")
 _TABLE: Final = re.compile(r"^\s*\[")
@@ -130,7 +129,7 @@ def _untrue(entry: Entry, reports: Sequence[Report], today: datetime.date) -> st
     own = [r for r in reports if entry.about((r.candidate, r.spec))]
     if any(entry.fits(f) for r in own for f in r.findings):
         return f"expired: {what} was accepted until {entry.expires}" if entry.expired(today) else ""
-    long_enough = [r for r in own if EFFORTS.index(r.effort) >= EFFORTS.index(entry.effort)]
+    long_enough = [r for r in own if EFFORTS[r.effort] >= EFFORTS[entry.effort]]
     verdicts = {f.verdict for r in long_enough for f in r.findings if f.clause == entry.clause}
     if "pass" in verdicts and not verdicts & {"fail", "error", "blocked"}:
         return f"stale: {what} no longer happens; detr-conformance ledger prune removes the entry"

@@ -69,7 +69,7 @@ def without_masks(bound: Bound) -> str:
 
 _SIMPLEST: Final[tuple[Recipe, Sizes, tuple[int, int]]] = (Recipe(201, (1,), 2, classes=3), ((4, 4),), (2, 2))
 
-_ORDINARY: Final[list[tuple[Recipe, Sizes, tuple[int, int]]]] = [
+MADE_MASKS: Final[list[tuple[Recipe, Sizes, tuple[int, int]]]] = [
     _SIMPLEST,
     (Recipe(202, (1,), 3, classes=3), ((5, 7),), (3, 4)),
     (Recipe(203, (2,), 4, classes=3), ((4, 5),), (3, 4)),
@@ -86,12 +86,12 @@ _ORDINARY: Final[list[tuple[Recipe, Sizes, tuple[int, int]]]] = [
     (Recipe(214, (2, 1), 4, classes=3, logits="confident"), ((4, 5), (6, 4)), (3, 3)),
     (Recipe(215, (2, 1), 4, classes=3, logits="grid"), ((4, 4), (4, 4)), (4, 4)),
 ]
-_EMPTY: Final[list[tuple[Recipe, Sizes, tuple[int, int]]]] = [
+NO_MASKS: Final[list[tuple[Recipe, Sizes, tuple[int, int]]]] = [
     (Recipe(221, (0,), 2, classes=3), ((4, 5),), (2, 3)),
     (Recipe(222, (0, 0), 3, classes=3, aux=1), ((4, 5), (6, 3)), (3, 3)),
     (Recipe(223, (0,), 1, classes=2), ((1, 1),), (1, 1)),
 ]
-_FORMS: Final = [_ORDINARY[i] for i in (1, 2, 4, 5, 6)]
+_FORMS: Final = [MADE_MASKS[i] for i in (1, 2, 4, 5, 6)]
 
 
 def _cases(made: list[tuple[Recipe, Sizes, tuple[int, int]]]) -> Callable[[Bound], Iterator[Case]]:
@@ -136,11 +136,11 @@ def _decoded(masks: Tensor) -> Tensor:
 
 
 MASKS = Experiment(
-    "masks", "target masks of unequal sizes", _cases(_ORDINARY), _seeds(_drawn), _call, share=0.15,
+    "masks", "target masks of unequal sizes", _cases(MADE_MASKS), _seeds(_drawn), _call, share=0.15,
     weight=1.5, declined=without_masks,
 )  # fmt: skip
 UNMASKED = Experiment(
-    "unmasked", "masks, and no targets", _cases(_EMPTY), None, _call, weight=0.1, declined=without_masks
+    "unmasked", "masks, and no targets", _cases(NO_MASKS), None, _call, weight=0.1, declined=without_masks
 )
 CODED_MASKS = Experiment(
     "coded masks", "the same masks in other forms", _cases(_FORMS), None, _in_other_forms, weight=0.1,

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 Level = Literal["must", "should", "information"]
-LEVELS: Final = ("must", "should")  # that a run is judged at; information comes with should, and never fails it
 
 DETR: Final = frozenset({"detr"})
 FOCAL: Final = frozenset({"deformable-detr", "dino"})

@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
@@ -23,16 +23,20 @@ from detr_conformance.cases import Case, Recipe, build
 from detr_conformance.diagnosis import Diagnoser
 from detr_conformance.errors import ConformanceError
 from detr_conformance.experiments import Experiment
-from detr_conformance.findings import Call, Evidence, Finding, Report
+from detr_conformance.findings import EFFORTS, LEVELS, Call, Evidence, Finding, Report
 from detr_conformance.inference import explaining
 from detr_conformance.observation import observe
-from detr_conformance.registry import LEVELS, Check, Comparison, checks, near
+from detr_conformance.registry import Check, Comparison, checks, near
 from detr_conformance.sharing import Shared
 from detr_conformance.soundness import BROKEN, Soundness
 from detr_conformance.tallies import RAISES, Tallies, Tally, judged, tallied
 from detr_reference.options import PROFILES
 
-EFFORTS: Final = {"quick": 0, "standard": 100, "deep": 3000}
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from detr_conformance.golden_judge import Outcome
+
 SMOKE: Final = "smoke"
 
 
@@ -172,6 +176,13 @@ class Judge:
         if not found:
             raise LookupError(f"{name} decides nothing on this call alone")
         return next((c for c in found if not c.ok), None)
+
+    def golden(self, name: str, folder: Path) -> Outcome:
+        """What the candidate does on a stored golden case. Raises FixtureError where it cannot be read."""
+        from detr_conformance import golden_judge
+        from detr_fixtures import golden
+
+        return golden_judge.judged(self.bound, golden.load(name, folder))
 
     def failing(self, check: Check) -> Comparison | None:
         """What ``check`` itself finds wrong, whatever it comes after; None where it finds nothing or is not made."""

@@ -6,12 +6,11 @@ They are stored by profile and experiment, whoever failed on them: an input that
 
 from __future__ import annotations
 
-import base64
 import json
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from detr_conformance.cases import Case
 from detr_conformance.errors import ConformanceError
@@ -54,23 +53,15 @@ class Shared:
         with suppress(TypeError, ConformanceError), self._telling():  # losing it loses no verdict
             self._database.save(_key(bound, experiment), _data(case, bound))
 
-    def _telling(self) -> Any:
-        return _Telling(self._where)
-
-
-class _Telling:
-    """A failure of the database as one clear error."""
-
-    def __init__(self, where: str) -> None:
-        self._where = where
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
-        network = isinstance(error, OSError) or type(error).__module__.startswith("redis")
-        if error is not None and network:
-            raise ConformanceError(f"database={self._where!r} cannot be used: {error}") from None
+    @contextmanager
+    def _telling(self) -> Iterator[None]:
+        """A failure of the database as one clear error."""
+        try:
+            yield
+        except Exception as error:
+            if isinstance(error, OSError) or type(error).__module__.startswith("redis"):
+                raise ConformanceError(f"database={self._where!r} cannot be used: {error}") from None
+            raise
 
 
 def _opened(where: str) -> ExampleDatabase:
@@ -98,7 +89,7 @@ def _key(bound: Bound, experiment: Experiment) -> bytes:
 def _data(case: Case, bound: Bound) -> bytes:
     given, own = asdict(case.options), asdict(bound.options)
     changed = {name: value for name, value in given.items() if value != own[name]}
-    packed = base64.b64encode(arrays.to_bytes(arrays.flat(case.outputs, case.targets))).decode("ascii")
+    packed = arrays.to_text(case.outputs, case.targets)
     return json.dumps({"label": case.label, "options": changed, "npz": packed}, sort_keys=True).encode("utf-8")
 
 
@@ -108,7 +99,7 @@ def _case(data: bytes, bound: Bound) -> Case | None:
         raw = json.loads(data)
         if not set(raw["options"]) <= bound.varies:
             return None
-        outputs, targets = arrays.nested(arrays.from_bytes(base64.b64decode(raw["npz"])))
+        outputs, targets = arrays.nested(arrays.from_text(raw["npz"]))
         return Case(f"shared: {raw['label']}", bound.options.with_(**raw["options"]), outputs, tuple(targets))
     except (KeyError, TypeError, ValueError):
         return None

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from detr_conformance.commands import templates
-from detr_conformance.commands.shared import PROFILES, one_of, print_json, refuse, written
+from detr_conformance.commands.shared import one_of, print_json, refuse, written
+from detr_reference.options import PROFILES
 
 if TYPE_CHECKING:
     from detr_conformance.runner import Identity
@@ -131,7 +132,8 @@ def _hinted(said: str) -> Mapping[str, str]:
 
 
 def _profile_guess(said: str) -> str:
-    return next((p for p in PROFILES[1:] if p in said and "one of" not in said), PROFILES[0])
+    usual, *others = PROFILES
+    return next((p for p in others if p in said and "one of" not in said), usual)
 
 
 def _write(path: Path, text: str) -> str:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from detr_conformance.commands.shared import refuse, written
+
 if TYPE_CHECKING:
     from detr_conformance.golden_write import Tell
 
@@ -57,14 +59,14 @@ def show(
     with _errors():
         names = golden.names(_folder(folder))
         if case not in names:
-            raise typer.BadParameter(f"there is no golden case {case!r}{near(case, names)}")
+            refuse(f"there is no golden case {case!r}{near(case, names)}")
         one = golden.load(case, _folder(folder))
         usual = PROFILES[one.profile]
         changed = {k: v for k, v in one.record["options"].items() if v != _listed(getattr(usual, k))}
         for line in picture.words(one, changed):
             typer.echo(line)
         if svg is not None:
-            svg.write_text(picture.svg(one, layer), "utf-8")
+            written(svg, picture.svg(one, layer))
             typer.echo(f"wrote {svg}")
 
 
@@ -102,7 +104,7 @@ def judge(
     counts = ", ".join(f"{run.count(v)} {v}" for v in ("pass", "fail", "unsuited"))
     typer.echo(f"{run.candidate}, {run.profile}: {verdict} · {counts} · {run.seconds:.1f} s")
     if json_path is not None:
-        json_path.write_text(json.dumps({**asdict(run), "conformant": run.conformant}, indent=1) + "\n", "utf-8")
+        written(json_path, json.dumps({**asdict(run), "conformant": run.conformant}, indent=1) + "\n")
     if not run.conformant:
         raise typer.Exit(1 if run.count("fail") else 5)
 
@@ -199,7 +201,7 @@ def _errors() -> Iterator[None]:
     try:
         yield
     except (ConformanceError, ValueError, OSError) as error:
-        raise typer.BadParameter(str(error)) from None
+        refuse(str(error))
 
 
 @contextmanager

@@ -7,18 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from detr_conformance.commands.shared import (
-    EFFORTS,
-    LEVELS,
-    PROFILES,
-    judged,
-    one_of,
-    print_json,
-    refuse,
-    refusing,
-    reports_in,
-    written,
-)
+from detr_conformance.commands.shared import judged, one_of, print_json, refuse, refusing, reports_in, written
+from detr_conformance.findings import EFFORTS, LEVELS
+from detr_reference.options import PROFILES
 
 if TYPE_CHECKING:
     from detr_conformance.findings import Report

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -14,9 +14,6 @@ if TYPE_CHECKING:
     from detr_conformance.findings import Report
 
 WRONG_USE = 4
-PROFILES = ("detr", "deformable-detr", "dino", "grounding-dino")
-LEVELS = ("must", "should")
-EFFORTS = ("quick", "standard", "deep")
 
 
 def refuse(message: str) -> NoReturn:
@@ -36,7 +33,7 @@ def refusing() -> Iterator[None]:
         refuse(str(error))
 
 
-def one_of(words: tuple[str, ...]) -> Callable[[str], list[str]]:
+def one_of(words: Iterable[str]) -> Callable[[str], list[str]]:
     """Completes an option by its values."""
     return lambda incomplete: [w for w in words if w.startswith(incomplete)]
 

@@ -27,7 +27,7 @@ def _known(seen: Seen, name: str) -> tuple[Layer, list[Pairs], float]:
     return layer, pairs, seen.nb * layer.groups
 
 
-def _allowed(seen: Seen, term: str, name: str) -> float:
+def allowed_of(seen: Seen, term: str, name: str) -> float:
     layer, pairs, divisor = _known(seen, name)
     targets, book = seen.targets("final"), seen.book
     if term == "ce":
@@ -42,7 +42,7 @@ def _value(seen: Seen, term: str, name: str) -> Comparison:
     key = f"loss_{term}{seen.case.suffix(name)}"
     _, pairs, divisor = _known(seen, name)
     how = f"positives in all groups: {sum(map(len, pairs))}; divided by nb · groups = {divisor:g}"
-    return agree(key, seen.want.losses[key], seen.got.losses.get(key), _allowed(seen, term, name), how)
+    return agree(key, seen.want.losses[key], seen.got.losses.get(key), allowed_of(seen, term, name), how)
 
 
 def _returned(seen: Seen, *terms: str) -> Iterator[Comparison]:
@@ -97,11 +97,11 @@ def denoising_queries_get_the_textbook_gradient(seen: Seen) -> Iterator[Comparis
                 yield agree_rows(what, want, got, OPS * EPS * (4 * want.abs() + want.abs().max()))
             else:
                 allowed = OPS * EPS * (1 + 8 / sides) * want.abs().amax(-1, keepdim=True) + 1e-12 / divisor
-                rows = _smooth(seen, name)
+                rows = smooth(seen, name)
                 yield agree_rows(what, want[rows], got[rows], allowed.expand_as(want)[rows])
 
 
-def _smooth(seen: Seen, name: str) -> Tensor:
+def smooth(seen: Seen, name: str) -> Tensor:
     """The rows [B,P] but positives at a kink (equal coordinates, aligned edges), where the gradient is a convention."""
     layer, known, _ = _known(seen, name)
     smooth = torch.ones(layer.boxes.shape[:2], dtype=torch.bool)

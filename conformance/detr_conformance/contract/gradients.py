@@ -39,7 +39,7 @@ def boxes_get_the_textbook_gradient(seen: Seen) -> Iterator[Comparison]:
             allowed = allowed_at_boxes(seen, layer, want)
             everywhere = agree_rows(f"{name}, matched queries", want, got, allowed)
             if not everywhere.ok:
-                rows = _smooth(seen, layer)
+                rows = smooth(seen, layer)
                 everywhere = agree_rows(f"{name}, matched queries", want[rows], got[rows], allowed[rows])
             yield everywhere
 
@@ -63,7 +63,7 @@ def _unmatched(seen: Seen, layer: str) -> Tensor:
     return rows
 
 
-def _smooth(seen: Seen, layer: str) -> Tensor:
+def smooth(seen: Seen, layer: str) -> Tensor:
     """The rows [B,Q] that are matched and away from every kink (equal coordinates, aligned edges), where the gradient
     is a convention, and one that torch itself has changed."""
     boxes = seen.layers[layer].boxes

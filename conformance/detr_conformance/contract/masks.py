@@ -19,7 +19,7 @@ from detr_reference.textbook import Layer, Pairs, Textbook, minus_log_sigmoid
 # --- what the losses must be ---
 
 
-def _matched(seen: Seen) -> tuple[Tensor, Tensor, Tensor]:
+def matched_masks(seen: Seen) -> tuple[Tensor, Tensor, Tensor]:
     """Predicted masks as given [M,h,w] and as resized [M,H,W], and their targets [M,H,W], in float64."""
     layer, pairs = seen.layers["final"], seen.pairs["final"]
     assert layer.masks is not None
@@ -28,8 +28,8 @@ def _matched(seen: Seen) -> tuple[Tensor, Tensor, Tensor]:
     return given, resized, wanted
 
 
-def _allowed(seen: Seen, term: str) -> float:
-    given, x, m = _matched(seen)
+def allowed_of(seen: Seen, term: str) -> float:
+    given, x, m = matched_masks(seen)
     moved = tolerance.of_mask_logits(given)
     if term == "mask":
         return tolerance.of_mask(seen.book, x, m, moved, seen.nb)
@@ -38,11 +38,11 @@ def _allowed(seen: Seen, term: str) -> float:
 
 def _value(seen: Seen, term: str, how: str) -> Comparison:
     key = f"loss_{term}"
-    return agree(key, seen.want.losses[key], seen.got.losses.get(key), _allowed(seen, term), how)
+    return agree(key, seen.want.losses[key], seen.got.losses.get(key), allowed_of(seen, term), how)
 
 
 def _sizes(seen: Seen) -> str:
-    _, x, _ = _matched(seen)
+    _, x, _ = matched_masks(seen)
     pairs = f"{len(x)} pair{'s' * (len(x) != 1)}"
     return f"{pairs} of {x.shape[1]}×{x.shape[2]} pixels, nb {seen.nb:g}"
 
@@ -81,7 +81,7 @@ def masks_get_the_textbook_gradient(seen: Seen) -> Iterator[Comparison]:
         yield holds(False, what, "a tensor", "none")
         return
     want = seen.want.grads["mask", "final"][2] + seen.want.grads["dice", "final"][2]
-    given, _, m = _matched(seen)
+    given, _, m = matched_masks(seen)
     matched = tolerance.of_mask_gradient(seen.book, given, m, seen.nb)
     allowed, at = torch.zeros_like(want), 0
     for b, pairs in enumerate(seen.pairs["final"]):
@@ -419,7 +419,7 @@ def masks_of_every_form_give_the_same_loss(seen: Seen) -> Iterator[Comparison]:
                     f"{key} of masks {name}",
                     seen.got.losses[key],
                     twin.got.losses.get(key),
-                    2 * _allowed(seen, term),
+                    2 * allowed_of(seen, term),
                     how,
                 )
 
