@@ -27,6 +27,7 @@ from torch import Tensor
 
 from detr_reference.criterion import build_criterion
 
+CPU = torch.device("cpu")
 LOSSES = ("labels", "boxes", "cardinality")  # what transformers always computes
 COST = {"set_cost_class": 2.0, "set_cost_bbox": 5.0, "set_cost_giou": 2.0}
 WEIGHT = {"loss_ce": 2.0, "loss_bbox": 5.0, "loss_giou": 2.0}
@@ -65,7 +66,9 @@ class Comparison:
 # --- inputs -----------------------------------------------------------------------------------------------------------
 
 
-def half_trained(shape: Shape, token_maps: Tensor | None = None) -> tuple[list[Losses], list[Losses]]:
+def half_trained(
+    shape: Shape, device: torch.device, token_maps: Tensor | None = None
+) -> tuple[list[Losses], list[Losses]]:
     """Layers and targets as in the middle of training: a few queries lie about each target and lean to its class, the
     rest are background. ``token_maps`` [K, C] makes the channels text tokens: 0/1, a row a class."""
     random = torch.Generator().manual_seed(0)
@@ -91,8 +94,9 @@ def half_trained(shape: Shape, token_maps: Tensor | None = None) -> tuple[list[L
             logits[b, near] += 3 * lean[of]
         if token_maps is not None:
             logits[..., ~prompt(token_maps)] = -torch.inf  # as Grounding DINO pads
-        layers.append({"pred_logits": logits.requires_grad_(), "pred_boxes": boxes.requires_grad_()})
-    return layers, targets
+        layer = {"pred_logits": logits, "pred_boxes": boxes}
+        layers.append({key: x.to(device).requires_grad_() for key, x in layer.items()})
+    return layers, [{key: x.to(device) for key, x in target.items()} for target in targets]
 
 
 def token_maps(tokens: int, classes: int = 80) -> Tensor:
@@ -150,7 +154,7 @@ def transformers_loss(shape: Shape, criterion: Any, extra: dict[str, Any]) -> Ca
     return call
 
 
-def against_transformers(shape: Shape, family: str) -> Comparison:
+def against_transformers(shape: Shape, device: torch.device, family: str) -> Comparison:
     from transformers.loss import loss_deformable_detr, loss_for_object_detection, loss_grounding_dino
     from transformers.loss.loss_deformable_detr import DeformableDetrHungarianMatcher
     from transformers.loss.loss_for_object_detection import HungarianMatcher
@@ -159,32 +163,34 @@ def against_transformers(shape: Shape, family: str) -> Comparison:
     losses, cost = list(LOSSES), list(COST.values())
     if family == "detr":
         cost = [1.0, 5.0, 2.0]
-        layers, targets = half_trained(shape)
+        layers, targets = half_trained(shape, device)
         for target in targets:
             target["labels"].clamp_(max=shape.channels - 2)  # the last channel is no object
-        theirs: Any = loss_for_object_detection.ImageLoss(HungarianMatcher(*cost), shape.channels - 1, 0.1, losses)
+        theirs: Any = loss_for_object_detection.ImageLoss(HungarianMatcher(*cost), shape.channels - 1, 0.1, losses).to(
+            device
+        )
         ours = reference(shape, "detr", set_cost_class=1.0)
         return Comparison(shape, "HF DETR", transformers_loss(shape, theirs, {}), ours, layers, targets)
     if family == "deformable-detr":
-        layers, targets = half_trained(shape)
+        layers, targets = half_trained(shape, device)
         matcher = DeformableDetrHungarianMatcher(*cost)
         theirs = loss_deformable_detr.DeformableDetrImageLoss(matcher, shape.channels, 0.25, losses)
         ours = reference(shape, "deformable-detr")
         return Comparison(shape, "HF Deformable DETR", transformers_loss(shape, theirs, {}), ours, layers, targets)
     maps = token_maps(shape.channels)
-    text_mask = prompt(maps).expand(shape.images, -1)
-    layers, targets = half_trained(shape, maps)
+    text_mask = prompt(maps).expand(shape.images, -1).to(device)
+    layers, targets = half_trained(shape, device, maps)
     theirs = loss_grounding_dino.GroundingDinoImageLoss(GroundingDinoHungarianMatcher(*cost), 0.25, losses)
     # one prompt for all images: with several, transformers takes the label maps of the wrong image
     extra = {
-        "label_maps": (maps,) * shape.images,
+        "label_maps": (maps.to(device),) * shape.images,
         "text_mask": text_mask[:, None].expand(-1, shape.queries, -1),
     }
     ours = reference(shape, "grounding-dino", text_mask)
     return Comparison(shape, "HF Grounding DINO", transformers_loss(shape, theirs, extra), ours, layers, targets)
 
 
-def against_rfdetr(shape: Shape) -> Comparison:
+def against_rfdetr(shape: Shape, device: torch.device) -> Comparison:
     from rfdetr.models.criterion import SetCriterion
     from rfdetr.models.matcher import HungarianMatcher
 
@@ -199,7 +205,7 @@ def against_rfdetr(shape: Shape) -> Comparison:
         losses: Losses = criterion(outputs, targets)
         return losses
 
-    layers, targets = half_trained(shape)
+    layers, targets = half_trained(shape, device)
     ours = reference(shape, "deformable-detr", encoder_targets="real")
     return Comparison(shape, "rfdetr", call, ours, layers, targets)
 
@@ -264,18 +270,21 @@ def worst_difference(of: Comparison) -> float:
     return max(float((ours[key] / theirs[key] - 1).abs()) for key in keys)
 
 
-def comparisons() -> Iterator[tuple[Shape, Callable[[Shape], Comparison]]]:
+def comparisons(device: torch.device = CPU) -> Iterator[tuple[Shape, Callable[[Shape], Comparison]]]:
     a = Shape("a", 8, 100, 92, 20)
     b = Shape("b", 4, 900, 91, 20)
     c = Shape("c", 4, 900, 256, 20, encoder=True)
-    yield a, lambda shape: against_transformers(shape, "detr")
-    yield b, lambda shape: against_transformers(shape, "deformable-detr")
-    yield c, lambda shape: against_transformers(shape, "grounding-dino")
-    yield replace(c, name="c+", images=16, targets=60), lambda shape: against_transformers(shape, "grounding-dino")
+    yield a, lambda shape: against_transformers(shape, device, "detr")
+    yield b, lambda shape: against_transformers(shape, device, "deformable-detr")
+    yield c, lambda shape: against_transformers(shape, device, "grounding-dino")
+    yield (
+        replace(c, name="c+", images=16, targets=60),
+        lambda shape: against_transformers(shape, device, "grounding-dino"),
+    )
     if importlib.util.find_spec("rfdetr"):
         b = replace(b, encoder=True)
-        yield b, against_rfdetr
-        yield replace(b, name="b+", images=16, targets=60), against_rfdetr
+        b_plus = replace(b, name="b+", images=16, targets=60)
+        yield from ((shape, lambda shape: against_rfdetr(shape, device)) for shape in (b, b_plus))
     else:
         print("rfdetr cannot be imported here: its rows are left out")
 

@@ -7,8 +7,11 @@ import pytest
 import torch
 
 from detr_conformance import ConformanceError, devices, judge
-from detr_conformance.candidate import Candidate
+from detr_conformance.candidate import Candidate, bind
+from detr_conformance.cases import Recipe, build
+from detr_conformance.denoised import DINO, denoised_case
 from detr_conformance.devices import Accelerator
+from detr_conformance.masked import MASKED, masked_case
 from detr_conformance.simulated import DEVICE, Simulated, There
 from detr_reference.criterion import build_criterion as reference
 from detr_reference.options import PROFILES
@@ -164,6 +167,49 @@ def test_pytest_ends_with_4_where_there_is_none(pytester):
 def test_a_right_criterion_passes_on_what_is_there(profile):
     report = judged(REFERENCE, profile=profile, device="auto", effort="standard")
     assert [f.message for f in report.findings if f.verdict != "pass"] == []
+
+
+# --- the reference's traffic ---
+
+
+def on(device, value):
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {key: on(device, inner) for key, inner in value.items()}
+    return [on(device, inner) for inner in value] if isinstance(value, (list, tuple)) else value
+
+
+def cases(profile):
+    bound = bind(REFERENCE, profile)
+    yield build(Recipe(1, (3, 0, 2), 6, aux=2, encoder_queries=9, classes=4), bound.options, bound.varies)
+    if profile in MASKED:
+        yield masked_case(bound, Recipe(2, (2, 1), 4, classes=3), ((5, 4), (3, 6)), (3, 3))
+    if profile in DINO:
+        yield denoised_case(bound, Recipe(3, (2, 1), 4, classes=3, aux=1), 2)
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_the_reference_reads_the_device_twice_and_waits_for_nothing_else(profile, monkeypatch):
+    # torch's own looks for a module of the device's name, which the simulated one has not
+    monkeypatch.setattr("detr_reference.masks.checkpoint", lambda function, *args, **_: function(*args))
+    for case in cases(profile):
+        criterion = reference(**{name: getattr(case.options, name) for name in case.options.__dataclass_fields__})
+        with Simulated() as there:
+            outputs, targets = on(DEVICE, case.outputs), on(DEVICE, case.targets)
+            there.traffic.clear()
+            losses = on("cpu", criterion(outputs, targets))
+        assert there.traffic["to the host"] - len(losses) == 2  # targets, and all costs
+        assert there.traffic["waits"] == 0
+        want = criterion(case.outputs, list(case.targets))
+        assert {k: float(v) for k, v in losses.items()} == pytest.approx({k: float(v) for k, v in want.items()})
+
+
+def test_what_makes_the_host_wait_is_counted():
+    with Simulated() as there:
+        x = torch.ones(3).to(DEVICE)
+        x.cpu(), x[x > 0], bool(x.any()), x.sum().item(), x.tolist(), x[:2], x * 2
+    assert there.traffic == {"to the device": 1, "to the host": 1, "waits": 4}
 
 
 # --- the simulated device ---

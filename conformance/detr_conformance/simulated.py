@@ -6,6 +6,7 @@ tensors of both devices, and conversion to numpy; its numbers are the CPU's.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
@@ -19,6 +20,12 @@ _TO_NUMPY: Final = ("numpy", "__array__")
 # what takes tensors of several devices on a real accelerator too
 _ACROSS: Final = ("__getitem__", "__setitem__", "__set__", "copy_", "to", "type_as", "grad", "backward")
 
+_WAITING: Final = (
+    "item", "tolist", "__bool__", "__int__", "__float__", "__index__", "__contains__", "equal", "allclose", "nonzero",
+    "argwhere", "masked_select", "unique", "unique_consecutive", "bincount", "is_nonzero",
+)  # fmt: skip
+_INDEXING: Final = ("__getitem__", "__setitem__", "index_put_")
+
 
 class There(Tensor):
     """A tensor on the simulated device."""
@@ -27,7 +34,12 @@ class There(Tensor):
 
 
 class Simulated(TorchFunctionMode):
-    """While it is entered, ``DEVICE`` can be used like any device."""
+    """While it is entered, ``DEVICE`` can be used like any device. ``traffic`` counts what costs time on a real one:
+    transfers "to the host" and "to the device", and "waits" for a result that Python reads or that shapes depend on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.traffic: Counter[str] = Counter()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
         name = getattr(func, "__name__", "")
@@ -41,7 +53,11 @@ class Simulated(TorchFunctionMode):
             raise RuntimeError(
                 f"Expected all tensors to be on the same device, but found at least two devices, {DEVICE} and cpu"
             )
+        if there and (name in _WAITING or (name in _INDEXING and any(t.dtype == torch.bool for t in every[1:]))):
+            self.traffic["waits"] += 1
         wanted, args, kwargs = _wanted(name, args, dict(kwargs or {}))
+        if wanted is not None and wanted != there:
+            self.traffic["to the device" if wanted else "to the host"] += 1
         return _placed(func(*args, **kwargs), there if wanted is None else wanted, there)
 
 

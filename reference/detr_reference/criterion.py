@@ -14,7 +14,7 @@ from .boxes import corners, giou
 from .classification import cardinality_error, class_error, cross_entropy, focal_loss_sum, widened
 from .denoising import read_denoising
 from .masks import mask_loss_sums, read_masks
-from .matching import HungarianMatcher, Ints, Layer, Pairs, Targets, eager, read_layer, read_targets
+from .matching import HungarianMatcher, Ints, Layer, Pairs, Targets, eager, on_device, read_layer, read_targets
 from .options import Options, options_of
 from .tokens import build_caption, create_positive_map
 from .weights import loss_weights
@@ -58,13 +58,13 @@ class SetCriterion(nn.Module):
         Raises ValueError that names the argument where something is missing or does not fit.
         """
         layers = self._layers(outputs)
-        wanted = read_targets(targets, layers[0], self.options)
-        denoising = read_denoising(outputs, wanted, self.options)
+        text_mask = _text_mask(outputs, layers) if self.options.class_loss == "token" else None
+        wanted = read_targets(targets, layers[0], self.options, text_mask)
+        denoising = read_denoising(outputs, wanted, layers[0], self.options)
         known = denoising.layers if denoising else []
-        text_mask = _text_mask(outputs, [*layers, *known]) if self.options.class_loss == "token" else None
         with_masks = "masks" in self.options.losses
         masks = read_masks(outputs, targets, layers[0]) if with_masks else None
-        found = self.matcher.match(layers, wanted)
+        found = self.matcher.match(layers, wanted, known)
         matches = [_Match.of(images, layer, wanted) for images, layer in zip(found, layers, strict=True)]
         num_boxes = _num_boxes(sum(wanted.sizes), layers[0].boxes.device)
         losses = self._class_and_box_losses(layers, wanted, matches, num_boxes, text_mask)
@@ -100,7 +100,7 @@ class SetCriterion(nn.Module):
             for match, layer in zip(matches, layers, strict=True)
         ]
         losses = {}
-        for layer, match, index in zip(layers, matches, _on(device, wanted), strict=True):
+        for layer, match, index in zip(layers, matches, on_device(device, wanted), strict=True):
             if softmax:
                 loss = cross_entropy(layer.scores, index, options.eos_coef)
             else:
@@ -116,7 +116,7 @@ class SetCriterion(nn.Module):
         # All pairs of all layers at once: their queries are numbered through.
         queries = torch.cat([widened(layer.boxes).flatten(0, 1) for layer in layers])
         first = np.cumsum([0, *(layer.boxes.shape[0] * layer.boxes.shape[1] for layer in layers)])
-        rows, wanted = _on(
+        rows, wanted = on_device(
             queries.device,
             [
                 np.concatenate([match.rows + start for match, start in zip(matches, first, strict=False)]),
@@ -142,12 +142,12 @@ class SetCriterion(nn.Module):
 
     def class_error(self, layer: Layer, targets: Targets, match: _Match) -> Tensor:
         """class_error of the final layer, for the log."""
-        rows, labels = _on(layer.logits.device, [match.rows, targets.channel[match.targets]])
+        rows, labels = on_device(layer.logits.device, [match.rows, targets.channel[match.targets]])
         return class_error(layer.logits.detach().flatten(0, 1)[rows], labels)
 
     def loss_cardinality(self, layers: Sequence[Layer], targets: Targets) -> dict[str, Tensor]:
         """cardinality_error of each layer, for the log."""
-        sizes = torch.tensor(targets.sizes, device=layers[0].logits.device)
+        (sizes,) = on_device(layers[0].logits.device, [np.array(targets.sizes)])
         softmax = self.options.class_loss == "softmax"
         return {
             f"cardinality_error{layer.suffix}": cardinality_error(layer.logits.detach(), sizes, softmax)
@@ -224,11 +224,6 @@ class _Match:
         return np.repeat(self.rows, counts) * channels + channel
 
 
-def _on(device: torch.device, arrays: Sequence[Ints]) -> Sequence[Tensor]:
-    """Index arrays as tensors on a device, in one transfer."""
-    return torch.split(torch.from_numpy(np.concatenate(arrays)).to(device), [len(array) for array in arrays])
-
-
 def _text_mask(outputs: Mapping[str, Any], layers: Sequence[Layer]) -> Tensor | None:
     """text_mask [B, C], which only the final outputs hold; it serves all layers."""
     mask: Tensor | None = outputs.get("text_mask")
@@ -246,7 +241,8 @@ def _text_mask(outputs: Mapping[str, Any], layers: Sequence[Layer]) -> Tensor | 
 
 def _prompts_only(text_mask: Tensor, targets: Targets) -> tuple[Tensor, Targets]:
     """The mask up to the longest prompt's end, and the targets without tokens outside their image's prompt."""
-    mask = text_mask.cpu().numpy()
+    mask = targets.prompts
+    assert mask is not None
     image = np.repeat(np.arange(len(mask)), targets.sizes)
     kept = mask[image[targets.owner], targets.channel]
     length = max(np.flatnonzero(mask.any(0)), default=-1) + 1

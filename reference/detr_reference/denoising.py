@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
 from .matching import Layer, Pairs, Targets, read_layer
 from .options import Options
@@ -37,8 +36,9 @@ class Denoising:
     groups: int
 
 
-def read_denoising(outputs: Mapping[str, Any], targets: Targets, options: Options) -> Denoising | None:
-    """The denoising queries that stand in ``outputs``, or None. Raises ValueError that names what does not fit."""
+def read_denoising(outputs: Mapping[str, Any], targets: Targets, like: Layer, options: Options) -> Denoising | None:
+    """The denoising queries that stand in ``outputs``, or None; they have the channels of the layer ``like``. Raises
+    ValueError that names what does not fit."""
     meta = outputs.get("dn_meta") or {}
     found = meta.get("output_known_lbs_bboxes")
     if not options.denoising or found is None:
@@ -47,7 +47,8 @@ def read_denoising(outputs: Mapping[str, Any], targets: Targets, options: Option
     for i, auxiliary in enumerate(found.get("aux_outputs", ())):
         layers.append(read_layer(auxiliary, f"{_PREDICTIONS}['aux_outputs'][{i}]", f"_dn_{i}", options))
     groups, slots = _groups_and_slots(meta, targets)
-    _check(layers, len(targets.sizes), groups * slots)
+    for layer in layers:
+        _check(layer, like, (len(targets.sizes), groups * slots))
     return Denoising(layers, [positives(n, groups, slots) for n in targets.sizes], groups)
 
 
@@ -75,14 +76,16 @@ def _groups_and_slots(meta: Mapping[str, Any], targets: Targets) -> tuple[int, i
     return groups, queries // groups
 
 
-def _check(layers: list[Layer], batch: int, queries: int) -> None:
-    """Raises ValueError unless every layer has as many images and queries, and no box a negative side."""
-    for layer in layers:
-        if layer.boxes.shape[:2] != (batch, queries):
-            raise ValueError(
-                f"{layer.name}['pred_boxes'] has the shape {list(layer.boxes.shape)}; "
-                f"with {batch} images and pad_size={queries} it must be {[batch, queries, 4]}"
-            )
-    negative = torch.stack([(layer.boxes[..., 2:] < 0).any() for layer in layers]).tolist()
-    if any(negative):
-        raise ValueError(f"{layers[negative.index(True)].name}['pred_boxes'] has a negative width or height")
+def _check(layer: Layer, like: Layer, shape: tuple[int, int]) -> None:
+    """Raises ValueError unless the layer has as many images, queries and channels as it should."""
+    batch, queries = shape
+    if layer.boxes.shape[:2] != shape:
+        raise ValueError(
+            f"{layer.name}['pred_boxes'] has the shape {list(layer.boxes.shape)}; "
+            f"with {batch} images and pad_size={queries} it must be {[batch, queries, 4]}"
+        )
+    if layer.logits.shape[-1] != like.logits.shape[-1]:
+        raise ValueError(
+            f"{layer.name}['pred_logits'] has {layer.logits.shape[-1]} channels; "
+            f"{like.name}['pred_logits'] has {like.logits.shape[-1]}"
+        )

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from .classification import widened
-from .matching import Layer, Pairs
+from .matching import Layer, Pairs, on_device, on_host
 
 _ALPHA: Final = 0.25
 """α of the pixels' focal loss, whatever that of the classes is; γ is 2 (facebookresearch/detr segmentation.py)."""
@@ -33,11 +33,18 @@ def read_masks(
         raise ValueError(
             f"outputs['pred_masks'] has the shape {list(predicted.shape)}; it must be [{batch}, {queries}, h, w]"
         )
-    return predicted, [_checked(f"targets[{b}]", target) for b, target in enumerate(targets)]
+    masks = [_checked(f"targets[{b}]", target) for b, target in enumerate(targets)]
+    in_numbers = [b for b, mask in enumerate(masks) if len(mask) and mask.dtype != torch.bool]
+    for b, (low, high) in zip(
+        in_numbers, on_host(torch.stack(masks[b].aminmax()).float() for b in in_numbers), strict=True
+    ):
+        if not (low >= 0 and high <= 1):
+            raise ValueError(f"targets[{b}]['masks'] has values outside 0..1")
+    return predicted, masks
 
 
 def _checked(name: str, target: Mapping[str, Tensor]) -> Tensor:
-    """The masks of one image. Raises ValueError unless it has one a label, of values in 0..1."""
+    """The masks of one image. Raises ValueError unless it has one a label."""
     if "masks" not in target:
         raise ValueError(f"{name}['masks'] is missing, and losses has 'masks'")
     masks, n = target["masks"].detach(), len(target["labels"])
@@ -45,10 +52,6 @@ def _checked(name: str, target: Mapping[str, Tensor]) -> Tensor:
         return masks[:, None, None]
     if masks.ndim != 3 or len(masks) != n or (n and not masks.numel()):
         raise ValueError(f"{name}['masks'] has the shape {list(masks.shape)}; with {n} labels it must be [{n}, H, W]")
-    if n and masks.dtype != torch.bool:
-        low, high = masks.aminmax()
-        if not (low >= 0 and high <= 1):
-            raise ValueError(f"{name}['masks'] has values outside 0..1")
     return masks
 
 
@@ -60,14 +63,14 @@ def mask_loss_sums(predicted: Tensor, masks: Sequence[Tensor], matches: Sequence
     """
     queries = predicted.shape[1]
     rows = np.concatenate([b * queries + query for b, (query, _) in enumerate(matches)])
-    matched = predicted.flatten(0, 1).index_select(0, torch.from_numpy(rows).to(predicted.device))
+    index = on_device(predicted.device, [rows, *(target for _, target in matches)])
+    matched = predicted.flatten(0, 1).index_select(0, next(index))
     size = [max(mask.shape[side] for mask in masks) for side in (1, 2)]
     sums = [widened(matched[:0]).sum().expand(2)]
-    for x, mask, (_, target) in zip(
-        torch.split(matched, [len(query) for query, _ in matches]), masks, matches, strict=True
-    ):
+    pairs = torch.split(matched, [len(query) for query, _ in matches])
+    for x, mask, target in zip(pairs, masks, index, strict=True):
         if len(target):
-            own = mask[torch.from_numpy(target).to(mask.device)]
+            own = mask.index_select(0, target.to(mask.device))
             # Pixels are many, and autograd would keep a dozen numbers of each: they are computed again instead.
             sums.append(checkpoint(_image_sums, x, own, size, use_reentrant=False, preserve_rng_state=False))
     focal, dice = torch.stack(sums).sum(0)

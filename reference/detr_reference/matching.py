@@ -6,7 +6,7 @@ import functools
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, chain, islice, pairwise
 from typing import Any, ParamSpec, TypeAlias, TypeVar
 
 import numpy as np
@@ -21,6 +21,7 @@ from .options import Options
 
 Ints: TypeAlias = npt.NDArray[np.int64]
 Floats: TypeAlias = npt.NDArray[Any]
+Bools: TypeAlias = npt.NDArray[np.bool_]
 Pairs: TypeAlias = tuple[Ints, Ints]
 """One image's match: its queries, and the target of each."""
 
@@ -62,13 +63,15 @@ class Targets:
     """The targets of a batch, image after image, N = Σ n_b of them; boxes [N, 4] are on the predictions' device.
 
     Positive p says that target ``owner[p]`` wants channel ``channel[p]``: its label, or each token of its class.
-    Owners ascend. All but the boxes stay on the host, where matches are made.
+    Owners ascend. ``prompts`` [B, T] are the images' text masks. All but the boxes stay on the host, where matches are
+    made.
     """
 
     sizes: list[int]
     boxes: Tensor
     owner: Ints
     channel: Ints
+    prompts: Bools | None = None
 
     @property
     def start(self) -> list[int]:
@@ -80,11 +83,17 @@ class Targets:
         owner = np.arange(len(self.boxes))
         return replace(self, owner=owner, channel=np.zeros_like(owner))
 
-    def positives_of(self, targets: slice) -> tuple[Ints, Ints]:
-        """The positive channels of some successive targets, one after the other, and how many each target has."""
-        first, last = np.searchsorted(self.owner, (targets.start, targets.stop))
-        counts = np.bincount(self.owner[first:last] - targets.start, minlength=targets.stop - targets.start)
-        return self.channel[first:last], counts
+    def columns(self) -> Iterator[Ints]:
+        """For each image two arrays: its targets' channels, each once however many targets share it, and of each of its
+        positives, one after the other, which of those it is."""
+        bounds = np.searchsorted(self.owner, self.start)
+        for first, last in pairwise(bounds):
+            yield from np.unique(self.channel[first:last], return_inverse=True)
+
+    def positives_each(self) -> list[list[int]]:
+        """For each image, how many positives each of its targets has."""
+        counts = np.bincount(self.owner, minlength=len(self.boxes)).tolist()
+        return [counts[first:last] for first, last in pairwise(self.start)]
 
 
 class HungarianMatcher(nn.Module):
@@ -115,30 +124,35 @@ class HungarianMatcher(nn.Module):
         return [(torch.from_numpy(queries), torch.from_numpy(owners)) for queries, owners in images]
 
     @torch.no_grad()
-    def match(self, layers: Sequence[Layer], targets: Targets) -> list[list[Pairs]]:
-        """Each layer's match of each image, on the layer's own predictions."""
+    def match(self, layers: Sequence[Layer], targets: Targets, known: Sequence[Layer] = ()) -> list[list[Pairs]]:
+        """Each layer's match of each image, on the layer's own predictions. Raises ValueError where a layer, or one
+        whose match is ``known``, has a box of negative size."""
         # Layers with the same number of queries and the same class targets share every operation.
         alike = defaultdict(list)
-        for index, layer in enumerate(layers):
-            alike[layer.boxes.shape[1], layer.class_zero].append(index)
-        matches: list[list[Pairs]] = [[] for _ in layers]
-        for (_, class_zero), members in alike.items():
-            wanted = targets.as_class_zero() if class_zero else targets
-            for costs in _on_host(self.costs([layers[index] for index in members], wanted)):
-                for index, pairs in zip(members, assign(costs), strict=True):
-                    matches[index].append(pairs)
-        return matches
+        for layer in layers:
+            alike[layer.boxes.shape[1], layer.class_zero].append(layer)
+        groups = [(own, targets.as_class_zero() if zero else targets) for (_, zero), own in alike.items()]
+        columns = on_device(layers[0].boxes.device, [array for _, wanted in groups for array in wanted.columns()])
+        negative = [_negative(layer.boxes.flatten(0, 1)) for layer in known]
+        found = on_host(chain(negative, *(self.costs(own, wanted, columns) for own, wanted in groups)))
+        _refuse_negative(known, [bool(next(found)) for _ in known])
+        matches: dict[str, list[Pairs]] = {layer.name: [] for layer in layers}
+        for own, _ in groups:
+            _refuse_negative(own, next(found))
+            for costs in islice(found, len(targets.sizes)):
+                for layer, pairs in zip(own, assign(costs), strict=True):
+                    matches[layer.name].append(pairs)
+        return list(matches.values())
 
-    def costs(self, layers: Sequence[Layer], targets: Targets) -> Iterator[Tensor]:
-        """Image by image, what its own targets cost (never another image's): [L, n_b, Q] for L layers alike.
+    def costs(self, layers: Sequence[Layer], targets: Targets, columns: Iterator[Tensor]) -> Iterator[Tensor]:
+        """First which of L layers alike have a box of negative size [L]; then image by image what its own targets cost
+        (never another image's): [L, n_b, Q]. ``columns``: those of the targets, on the layers' device.
 
         Targets come before queries because the solver is fastest on rows that are fewer than columns.
         """
         options = self.options
         boxes = torch.stack([widened(layer.boxes) for layer in layers], 1)  # [B, L, Q, 4]
-        negative = (boxes[..., 2:] < 0).transpose(0, 1).flatten(1).any(1).tolist()
-        if any(negative):
-            raise ValueError(f"{layers[negative.index(True)].name}['pred_boxes'] has a negative width or height")
+        yield _negative(boxes.transpose(0, 1).flatten(1, 2))
         # A sum is below infinity unless a term is NaN or +inf. The boxes of such queries become NaN, and so does all
         # that they cost.
         sums = torch.stack([layer.scores.sum(-1, dtype=boxes.dtype) for layer in layers], 1)
@@ -150,28 +164,37 @@ class HungarianMatcher(nn.Module):
             torch.split(corners(targets.boxes)[:, :, None, :, None], targets.sizes, 3),  # [2, 2, 1, n, 1]
             strict=True,
         )
+        positives = targets.positives_each()
         for b, (queries, query_corners, wanted, wanted_corners) in enumerate(images):
-            first = targets.start[b]
-            positives = targets.positives_of(slice(first, first + targets.sizes[b]))
-            class_cost = self._class_cost([layer.scores[b] for layer in layers], *positives)
+            scores = [layer.scores[b] for layer in layers]
+            class_cost = self._class_cost(scores, next(columns), next(columns), positives[b])
             l1 = (queries - wanted).abs_().sum(0)
             overlap = giou(query_corners, wanted_corners, options.giou_eps)
             cost = l1.mul_(options.set_cost_bbox)
             yield cost.add_(class_cost, alpha=options.set_cost_class).sub_(overlap, alpha=options.set_cost_giou)
 
-    def _class_cost(self, scores: Sequence[Tensor], channels: Ints, counts: Ints) -> Tensor:
-        """The mean cost over each target's positive channels, [L, n, Q], for one image's scores [Q, C] a layer."""
-        columns, column_of = np.unique(channels, return_inverse=True)  # each class once, however many share it
-        index, back = (torch.from_numpy(i).to(scores[0].device) for i in (columns, column_of))
-        x = torch.stack([widened(score.index_select(1, index)) for score in scores])  # [L, Q, columns]
+    def _class_cost(self, scores: Sequence[Tensor], columns: Tensor, of: Tensor, counts: list[int]) -> Tensor:
+        """The mean cost over each target's ``counts`` positives, [L, n, Q], for one image's scores [Q, C] a layer."""
+        x = torch.stack([widened(score.index_select(1, columns)) for score in scores])  # [L, Q, columns]
         if self.options.class_loss == "softmax":
             cost = -x.exp()
         else:
             cost = focal_cost(x, self.options.cost_alpha, self.options.cost_gamma)
-        cost = cost.mT.index_select(1, back)
-        if len(channels) == len(counts):  # one channel each
+        cost = cost.mT.index_select(1, of)
+        if len(of) == len(counts):  # one channel each
             return cost
-        return torch.stack([tokens.mean(1) for tokens in torch.split(cost, counts.tolist(), 1)], 1)
+        return torch.stack([tokens.mean(1) for tokens in torch.split(cost, counts, 1)], 1)
+
+
+def _negative(boxes: Tensor) -> Tensor:
+    """Whether any of boxes [..., N, 4] has a negative width or height [...]."""
+    return (boxes[..., 2:] < 0).flatten(-2).any(-1)
+
+
+def _refuse_negative(layers: Sequence[Layer], negative: Sequence[bool] | Bools) -> None:
+    for layer, is_negative in zip(layers, negative, strict=True):
+        if is_negative:
+            raise ValueError(f"{layer.name}['pred_boxes'] has a negative width or height")
 
 
 def assign(costs: Floats) -> list[Pairs]:
@@ -186,19 +209,27 @@ def assign(costs: Floats) -> list[Pairs]:
     return [linear_sum_assignment(cost)[::-1] for cost in costs]
 
 
-def _on_host(blocks: Iterator[Tensor]) -> Iterable[Floats]:
-    """Cost blocks as arrays; those of an accelerator in one transfer."""
-    first = next(blocks, None)
+def on_host(tensors: Iterable[Tensor]) -> Iterator[npt.NDArray[Any]]:
+    """Tensors as arrays: one by one, as they come; those of an accelerator all at once, in one transfer of bytes."""
+    tensors = iter(tensors)
+    first = next(tensors, None)
     if first is None:
         return
     if first.device.type == "cpu":
-        yield first.numpy()
-        yield from (block.numpy() for block in blocks)
+        yield from (tensor.cpu().numpy() for tensor in chain([first], tensors))
         return
-    all_blocks = [first, *blocks]
-    flat = torch.cat([block.flatten() for block in all_blocks]).cpu()
-    parts = torch.split(flat, [block.numel() for block in all_blocks])
-    yield from (part.view(block.shape).numpy() for part, block in zip(parts, all_blocks, strict=True))
+    every = [tensor.to(first.device) for tensor in chain([first], tensors)]
+    parts = [tensor.flatten().view(torch.uint8) for tensor in every]
+    stop = list(accumulate(len(part) for part in parts))
+    for tensor, part in zip(every, np.split(torch.cat(parts).cpu().numpy(), stop[:-1]), strict=True):
+        kind = torch.empty(0, dtype=tensor.dtype).numpy().dtype
+        yield part.copy().view(kind).reshape(tensor.shape)
+
+
+def on_device(device: torch.device, arrays: Sequence[Ints]) -> Iterator[Tensor]:
+    """Index arrays as tensors on a device, in one transfer that nothing waits for."""
+    joined = torch.from_numpy(np.concatenate(arrays)).to(device, non_blocking=True)
+    return iter(torch.split(joined, [len(array) for array in arrays]))
 
 
 def read_layer(outputs: Mapping[str, Any], name: str, suffix: str, options: Options, class_zero: bool = False) -> Layer:
@@ -221,7 +252,9 @@ def read_layer(outputs: Mapping[str, Any], name: str, suffix: str, options: Opti
     return Layer(name, suffix, logits, scores, boxes, class_zero)
 
 
-def read_targets(targets: Sequence[Mapping[str, Tensor]], layer: Layer, options: Options) -> Targets:
+def read_targets(
+    targets: Sequence[Mapping[str, Tensor]], layer: Layer, options: Options, text_mask: Tensor | None = None
+) -> Targets:
     """The targets of the images that ``layer`` predicts. Raises ValueError that names what is wrong, and where."""
     if len(targets) != len(layer.boxes):
         raise ValueError(f"targets has {len(targets)} images, but {layer.name}['pred_boxes'] has {len(layer.boxes)}")
@@ -238,20 +271,22 @@ def read_targets(targets: Sequence[Mapping[str, Tensor]], layer: Layer, options:
             b = int(np.searchsorted(start, at, side="right")) - 1
             raise ValueError(f"targets[{b}][{key!r}][{at - start[b]}] {why}")
 
-    boxes = _joined(targets, "boxes", (0, 4)).to(widened(layer.boxes[:0]))
-    on_host = boxes.cpu().numpy()
-    refuse(~np.isfinite(on_host).all(1), "boxes", "is not finite")
-    refuse((on_host[:, 2:] < 0).any(1), "boxes", "has a negative width or height")
-    channel = _joined(targets, "labels", (0,)).cpu().numpy().astype(np.int64)
+    boxes = _joined(targets, "boxes", (0, 4)).to(widened(layer.boxes[:0]).dtype)
+    given = [boxes, _joined(targets, "labels", (0,))]
+    given += [_joined(targets, "token_labels", (0, layer.logits.shape[-1])) > 0] if by_token else []
+    box, label, *more = on_host(given if text_mask is None else [*given, text_mask])
+    refuse(~np.isfinite(box).all(1), "boxes", "is not finite")
+    refuse((box[:, 2:] < 0).any(1), "boxes", "has a negative width or height")
+    channel = label.astype(np.int64)
     if by_token:
         refuse(channel < 0, "labels", "is negative")
-        tokens = _joined(targets, "token_labels", (0, layer.logits.shape[-1])).cpu().numpy() > 0
-        refuse(~tokens.any(1), "token_labels", "marks no token")
-        owner, channel = tokens.nonzero()
+        refuse(~more[0].any(1), "token_labels", "marks no token")
+        owner, channel = more[0].nonzero()
     else:
         refuse((channel < 0) | (channel >= options.num_classes), "labels", f"is not in 0..{options.num_classes - 1}")
         owner = np.arange(len(channel))
-    return Targets(sizes, boxes, owner, channel)
+    boxes = boxes.to(layer.boxes.device)
+    return Targets(sizes, boxes, owner, channel, None if text_mask is None else more[-1])
 
 
 def _check_shapes(name: str, target: Mapping[str, Tensor], tokens: int | None) -> None:
