@@ -1,7 +1,8 @@
 """What was really run where: judges the same criterions in this environment and records it in docs/compatibility.md.
 
     tox exec -e py310-torch2.4-lowest -- python tests/compatibility.py py310-torch2.4-lowest --tests
-    python tests/compatibility.py --check      the page is that of the records, and who is judged is judged alike
+    python tests/compatibility.py --check                          the page is that of the records
+    python tests/compatibility.py py310-torch2.4-lowest --check    and who is judged here is judged as recorded
 
 ``--tests`` runs the project's own tests as well and records pytest's closing line.
 """
@@ -72,6 +73,18 @@ def record(environment, with_tests):
     PAGE.write_text(page(every), "utf-8")
 
 
+def problems(environment):
+    """What is not as recorded: the page, and the verdicts here, where an environment is named."""
+    every = records()
+    found = [] if PAGE.read_text("utf-8") == page(every) else [f"{PAGE} is not that of {RECORDS}"]
+    recorded = every.get(environment, {}).get("verdicts", {})
+    for name, *how in candidates() if environment else ():
+        before, now = recorded.get(name, "not recorded"), verdict(*how)
+        print(f"{name}: {now}", flush=True)
+        found += [] if now == before else [f"{name}: {now}; recorded in {environment}: {before}"]
+    return found
+
+
 def records():
     return json.loads(RECORDS.read_text("utf-8")) if RECORDS.is_file() else {}
 
@@ -99,10 +112,10 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("environment", nargs="?", help="its name in tox.ini")
     parser.add_argument("--tests", action="store_true", help="run the project's tests as well")
-    parser.add_argument("--check", action="store_true", help="exit 1 where the page is not that of the records")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 where something is not as recorded")
     given = parser.parse_args()
     if given.check:
-        sys.exit(0 if PAGE.read_text("utf-8") == page(records()) else f"{PAGE} is not that of {RECORDS}")
+        sys.exit("\n".join(problems(given.environment)) or 0)
     if not given.environment:
         parser.error("ENVIRONMENT is missing: a name of tox.ini")
     record(given.environment, given.tests)
