@@ -111,16 +111,22 @@ def spec(
     ] = False,
     path: Annotated[Path, typer.Option(help="the page")] = Path("docs/SPEC.md"),
 ) -> None:
-    """Write the specification page from the clauses: detr-conformance spec [--check]"""
-    from detr_conformance import spec as specification
+    """Write the specification page from the clauses, and the schema of report.json: detr-conformance spec [--check]"""
+    import json
 
-    page = specification.page()
-    if not check:
-        written(path, page)
-        typer.echo(f"wrote {path}")
+    from detr_conformance import spec as specification
+    from detr_conformance.report import files, schema
+
+    pages = {path: specification.page(), files.SCHEMA: json.dumps(schema.schema(), indent=1, ensure_ascii=False) + "\n"}
+    if check:
+        current = [_up_to_date(where, text, "detr-conformance spec") for where, text in pages.items()]
+        if not all(current):
+            raise typer.Exit(1)
         return
-    if not _up_to_date(path, page, "detr-conformance spec"):
-        raise typer.Exit(1)
+    for where, text in pages.items():
+        if not where.is_file() or where.read_text("utf-8") != text:
+            written(where, text)
+            typer.echo(f"wrote {where}")
 
 
 def _up_to_date(path: Path, page: str, command: str) -> bool:
