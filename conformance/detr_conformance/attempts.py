@@ -15,7 +15,7 @@ from torch import Tensor
 
 from detr_conformance.candidate import Bound
 from detr_conformance.cases import Case, Recipe
-from detr_conformance.experiments import Experiment, _call, _from_recipes
+from detr_conformance.experiments import Experiment, called, from_recipes
 from detr_conformance.observation import Observation, observe
 from detr_conformance.seen import Seen
 
@@ -126,7 +126,7 @@ def bads(case: Case, clause: str) -> Iterator[Bad]:
 
 def _refusing(bound: Bound, case: Case) -> Seen:
     """An ordinary call, every bad one, and the ordinary one again, all on one criterion."""
-    seen = _call(bound, case)
+    seen = called(bound, case)
     criterion, trials = seen.got.criterion, {}
     for clause in ("BAD-1", "BAD-2", "BAD-3", "BAD-4"):
         for bad in bads(case, clause):
@@ -139,7 +139,7 @@ def _refusing(bound: Bound, case: Case) -> Seen:
     return replace(seen, trials=trials)
 
 
-REFUSED = Experiment("refused", "bad input", _from_recipes(ORDINARY), None, _refusing, weight=0.1)
+REFUSED = Experiment("refused", "bad input", from_recipes(ORDINARY), None, _refusing, weight=0.1)
 
 
 # --- odd input ---
@@ -184,10 +184,10 @@ def _odd(bound: Bound, case: Case) -> Seen:
     if "token_labels" in case.targets[0]:
         bare = on_target(bare, lambda t: t | {"token_labels": t["token_labels"][:0]})
     trials[EMPTY], trials[BARE] = (observe(bound, c, grads=False) for c in (none, bare))
-    return replace(_call(bound, case), trials=trials)
+    return replace(called(bound, case), trials=trials)
 
 
-ODDITIES = Experiment("odd", "the same input in other forms", _from_recipes(ORDINARY), None, _odd, weight=0.05)
+ODDITIES = Experiment("odd", "the same input in other forms", from_recipes(ORDINARY), None, _odd, weight=0.05)
 
 
 # --- non-finite predictions ---
@@ -218,12 +218,12 @@ def _spoilt(bound: Bound, case: Case) -> Seen:
         spoilt[0, query] = value
         label = f"{case.label}, query {query} with {name}"
         trials[f"query {query} with {name}"] = observe(bound, replace(on_outputs(case, **{key: spoilt}), label=label))
-    return replace(_call(bound, case), trials=trials)
+    return replace(called(bound, case), trials=trials)
 
 
 SPOILED = Experiment(
     "non-finite", "one query without finite predictions",
-    _from_recipes([Recipe(310, (1,), 2), Recipe(311, (2,), 4, classes=3), Recipe(312, (1, 2), 5, classes=2)]),
+    from_recipes([Recipe(310, (1,), 2), Recipe(311, (2,), 4, classes=3), Recipe(312, (1, 2), 5, classes=2)]),
     None, _spoilt, weight=0.05,
 )  # fmt: skip
 
@@ -251,13 +251,13 @@ def _choosing(bound: Bound, case: Case) -> Seen:
         repr(list(chosen)): observe(bound, replace(case, options=case.options.with_(losses=chosen)), grads=False)
         for chosen in CHOICES
     }
-    return replace(_call(bound, case), trials=trials)
+    return replace(called(bound, case), trials=trials)
 
 
 CHOSEN = Experiment(
     "choice of losses",
     "losses=[…]",
-    _from_recipes([Recipe(321, (2, 1), 4, classes=3, aux=1, encoder_queries=4, tokens=11)]),
+    from_recipes([Recipe(321, (2, 1), 4, classes=3, aux=1, encoder_queries=4, tokens=11)]),
     None,
     _choosing,
     weight=0.05,
@@ -295,7 +295,7 @@ def _wordless(bound: Bound, case: Case) -> Seen:
         keep = (torch.arange(2) != row)[:, None].float()
         without = on_target(case, lambda t, k=keep: t | {key: t[key] * k for key in ("token_labels", "positive_map")})  # type: ignore[misc]
         trials[name] = observe(bound, replace(without, label=f"{case.label}, {name}"))
-    return replace(_call(bound, case), trials=trials)
+    return replace(called(bound, case), trials=trials)
 
 
 WORDLESS = Experiment("wordless", "a class without tokens", _wordless_case, None, _wordless, weight=0.05)

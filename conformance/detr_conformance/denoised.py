@@ -15,7 +15,7 @@ from torch import Tensor
 
 from detr_conformance.candidate import Bound
 from detr_conformance.cases import LOGITS, Case, Recipe, as_float32, build, plain_boxes
-from detr_conformance.experiments import Experiment, _call, _fitting, _seeds, _value
+from detr_conformance.experiments import Experiment, called, fitted_to, from_seeds, valued
 from detr_conformance.observation import observe, weighed
 from detr_conformance.seen import Seen
 
@@ -32,7 +32,7 @@ def denoised_case(bound: Bound, recipe: Recipe, groups: int, spare: int = 0) -> 
     lie near their target, negatives somewhat farther off, as the noise of DINO places them.
     """
     o = bound.options.with_(denoising=True)
-    plain = build(_fitting(recipe, bound), o, bound.varies)
+    plain = build(fitted_to(recipe, bound), o, bound.varies)
     half = max(plain.counts) + spare
     slots = groups * 2 * half
     rng = np.random.default_rng([recipe.seed, 2])
@@ -124,13 +124,13 @@ def _beside(bound: Bound, case: Case) -> Seen:
         BARE: replace(case, outputs={**plain, "dn_meta": bare}),
         MOVED: case.with_predictions(other),
     }
-    return replace(_call(bound, case), twins={name: _value(bound, twin) for name, twin in twins.items()})
+    return replace(called(bound, case), twins={name: valued(bound, twin) for name, twin in twins.items()})
 
 
 DENOISING = Experiment(
-    "denoising", "denoising queries", _cases, _seeds(_drawn), _call, share=0.15, declined=without_denoising
+    "denoising", "denoising queries", _cases, from_seeds(_drawn), called, share=0.15, declined=without_denoising
 )
 BESIDE_DENOISING = Experiment(
-    "beside denoising", "the same queries without, and beside, denoising ones", _cases, _seeds(_drawn), _beside,
+    "beside denoising", "the same queries without, and beside, denoising ones", _cases, from_seeds(_drawn), _beside,
     share=0.1, declined=_unusable,
 )  # fmt: skip

@@ -9,7 +9,7 @@ from typing import Any, Final
 from detr_conformance import devices, ranks
 from detr_conformance.candidate import Bound
 from detr_conformance.cases import Case, Recipe
-from detr_conformance.experiments import Experiment, _call, _from_recipes
+from detr_conformance.experiments import Experiment, called, from_recipes
 from detr_conformance.observation import Observation, observe
 from detr_conformance.seen import Seen
 
@@ -31,7 +31,7 @@ STUCK: Final = "ranks that do not return"
 
 def _on_ranks(bound: Bound, case: Case) -> Seen:
     """The batch in one process, and each image on a rank of its own."""
-    whole = _call(bound, case)
+    whole = called(bound, case)
     if whole.raised:
         return whole
     returned = ranks.call(bound, case)
@@ -51,7 +51,7 @@ def _ranks_atoms(bound: Bound, case: Case) -> Atoms:
 RANKS: Final = Experiment(
     "ranks",
     "a batch split over ranks, each with one of its images",
-    _from_recipes(
+    from_recipes(
         [
             Recipe(301, (3, 1), 4, classes=3, encoder_queries=5),
             Recipe(302, (1, 4), 5, classes=4, aux=1, encoder_queries=5, tokens=11),
@@ -81,13 +81,13 @@ def _observed_there(bound: Bound, case: Case) -> Observation:
 
 def _on_accelerator(bound: Bound, case: Case) -> Seen:
     """The call on the CPU, and the same on the accelerator."""
-    return replace(_call(bound, case), twins={THERE: Seen(bound, case, _observed_there(bound, case))})
+    return replace(called(bound, case), twins={THERE: Seen(bound, case, _observed_there(bound, case))})
 
 
 DEVICES: Final = Experiment(
     "devices",
     "an accelerator beside the CPU",
-    _from_recipes(
+    from_recipes(
         [
             Recipe(311, (2,), 4, classes=3),
             Recipe(312, (2, 1, 3), 5, classes=4, aux=1, encoder_queries=5, tokens=11),

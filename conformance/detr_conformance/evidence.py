@@ -11,7 +11,7 @@ from typing import Any, Final
 from detr_conformance import messages, repeats
 from detr_conformance.candidate import Bound
 from detr_conformance.cases import Case
-from detr_conformance.experiments import _call
+from detr_conformance.experiments import called
 from detr_conformance.findings import Call, Evidence, Gradient, Numbers
 from detr_conformance.footprints import HERE, Probe
 from detr_conformance.registry import Check, Comparison, faults
@@ -27,7 +27,7 @@ def of(check: Check, bound: Bound, label: str, case: Case, found: Comparison) ->
     """The evidence of a comparison on the smallest input. ``label``: the case that it was found on."""
     call, numbers, repeat = None, None, None
     if not case.words and not check.on.once:
-        seen = _call(bound, case)
+        seen = called(bound, case)
         call = _again(seen)
         numbers = _numbers(check, seen, found) if found.numbers else None
         repeat = repeats.of(check, seen, found) if call else None

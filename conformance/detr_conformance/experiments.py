@@ -54,18 +54,22 @@ class Experiment:
     once: bool = False
 
 
-def _call(bound: Bound, case: Case, criterion: Any = None) -> Seen:
+def called(bound: Bound, case: Case, criterion: Any = None) -> Seen:
+    """The candidate, or a criterion of its that was built before, called on a case beside the textbook."""
     return Seen(bound, case, observe(bound, case, criterion=criterion, inputs=criterion is not None))
 
 
-def _value(bound: Bound, case: Case) -> Seen:
+def valued(bound: Bound, case: Case) -> Seen:
+    """The same without gradients."""
     return Seen(bound, case, observe(bound, case, grads=False))
 
 
-def _from_recipes(recipes: Sequence[Recipe]) -> Callable[[Bound], Iterator[Case]]:
+def from_recipes(recipes: Sequence[Recipe]) -> Callable[[Bound], Iterator[Case]]:
+    """The cases of these recipes, for any candidate."""
+
     def fixed(bound: Bound) -> Iterator[Case]:
         for recipe in recipes:
-            yield build(_fitting(recipe, bound), bound.options, bound.varies)
+            yield build(fitted_to(recipe, bound), bound.options, bound.varies)
 
     return fixed
 
@@ -73,10 +77,10 @@ def _from_recipes(recipes: Sequence[Recipe]) -> Callable[[Bound], Iterator[Case]
 def made(inputs: Inputs, bound: Bound) -> Case:
     """The case of stored or drawn inputs for a candidate."""
     if isinstance(inputs, Recipe):
-        return build(_fitting(inputs, bound), bound.options, bound.varies)
+        return build(fitted_to(inputs, bound), bound.options, bound.varies)
     if isinstance(inputs, Duel):
         return duel_case(inputs.seed, inputs.kind, bound.options, bound.varies)
-    return pair_case(inputs.pred, inputs.wanted, _one_class(bound), f"pair of boxes, {inputs.kind}")
+    return pair_case(inputs.pred, inputs.wanted, one_class(bound), f"pair of boxes, {inputs.kind}")
 
 
 def _stored(name: str) -> Callable[[Bound], Iterator[Case]]:
@@ -89,7 +93,7 @@ def _stored(name: str) -> Callable[[Bound], Iterator[Case]]:
     return fixed
 
 
-def _fitting(recipe: Recipe, bound: Bound) -> Recipe:
+def fitted_to(recipe: Recipe, bound: Bound) -> Recipe:
     """The recipe with as many layers as a candidate takes that cannot be told their number."""
     if "num_decoder_layers" not in bound.varies:
         return replace(recipe, aux=min(recipe.aux, bound.options.num_decoder_layers - 1))
@@ -129,7 +133,7 @@ def _inputs(make: Callable[[int], Inputs]) -> Drawn:
     return Drawing(drawn)
 
 
-def _seeds(make: Callable[[Bound, int], Case]) -> Drawn:
+def from_seeds(make: Callable[[Bound, int], Case]) -> Drawn:
     """The cases made from a seed alone."""
 
     def drawn(bound: Bound) -> SearchStrategy[Case]:
@@ -145,7 +149,7 @@ BATCH = Experiment(
     "ordinary batches",
     _stored("batch"),
     _recipes("ordinary"),
-    _call,
+    called,
     weight=2.0,
 )
 
@@ -154,7 +158,7 @@ EDGES = Experiment(
     "no targets, more targets than queries, copies",
     _stored("edges"),
     _recipes("odd"),
-    _call,
+    called,
     share=0.5,
 )
 
@@ -163,7 +167,7 @@ EXTREMES = Experiment(
     "logits up to ±110, sides down to 1e-3",
     _stored("extremes"),
     _recipes("extreme"),
-    _call,
+    called,
     share=0.5,
 )
 
@@ -177,7 +181,7 @@ def _configured(bound: Bound) -> Iterator[Case]:
 
 
 CONFIGURED = Experiment(
-    "configured", "class loss under its options", _configured, _recipes("configured"), _call, share=0.3
+    "configured", "class loss under its options", _configured, _recipes("configured"), called, share=0.3
 )
 
 
@@ -197,7 +201,8 @@ def _drawn_pair(seed: int) -> Pair:
     return Pair(kind, tuple(pred.round(3).tolist()), tuple(wanted.round(3).tolist()))
 
 
-def _one_class(bound: Bound) -> Options:
+def one_class(bound: Bound) -> Options:
+    """The options with two classes, where the candidate lets their number vary."""
     return bound.options.with_(num_classes=2) if "num_classes" in bound.varies else bound.options
 
 
@@ -218,9 +223,9 @@ def _moved(bound: Bound, case: Case) -> Seen:
         away = (pred - wanted) * torch.tensor([0.5, 0.5, 0, 0])
         pairs[FARTHER] = (pred + away, wanted)
     twins = {
-        name: _value(bound, pair_case(a, b, case.options, f"{case.label}, {name}")) for name, (a, b) in pairs.items()
+        name: valued(bound, pair_case(a, b, case.options, f"{case.label}, {name}")) for name, (a, b) in pairs.items()
     }
-    return replace(_call(bound, case), twins=twins)
+    return replace(called(bound, case), twins=twins)
 
 
 PAIRS = Experiment("pairs", "one pair of boxes", _stored("pairs"), _inputs(_drawn_pair), _moved, share=0.15, weight=0.7)
@@ -239,12 +244,12 @@ DEFAULT_WEIGHTS = "under the default loss weights"
 
 def _duel(bound: Bound, case: Case) -> Seen:
     """A duel; one under other loss weights also under the default ones."""
-    seen = _call(bound, case)
+    seen = called(bound, case)
     if "other loss weights" not in case.label:
         return seen
     o = bound.options
     coefs = {f"{term}_loss_coef": getattr(o, f"{term}_loss_coef") for term in ("ce", "bbox", "giou")}
-    return replace(seen, twins={DEFAULT_WEIGHTS: _call(bound, replace(case, options=case.options.with_(**coefs)))})
+    return replace(seen, twins={DEFAULT_WEIGHTS: called(bound, replace(case, options=case.options.with_(**coefs)))})
 
 
 # --- assignments that every sensible cost agrees on ---
@@ -254,10 +259,10 @@ def _certain(bound: Bound) -> Iterator[Case]:
     """One image, equal class scores; L1 alone and GIoU alone choose the same assignment, clearly, and taking the
     cheapest pair (or target by target) first does not."""
     for seed, (n, queries) in enumerate(((1, 3), (2, 2), (2, 3), (3, 3), (2, 2), (3, 4), (2, 4), (3, 3))):
-        yield contested_case(1000 * seed + seed % 2, n, queries, _one_class(bound), bound.varies, greedy_fails=seed > 0)
+        yield contested_case(1000 * seed + seed % 2, n, queries, one_class(bound), bound.varies, greedy_fails=seed > 0)
 
 
-CERTAIN = Experiment("certain", "assignments that every cost agrees on", _certain, None, _call)
+CERTAIN = Experiment("certain", "assignments that every cost agrees on", _certain, None, called)
 
 
 DUELS = Experiment(
@@ -291,7 +296,7 @@ def _permuted(bound: Bound, case: Case) -> Seen:
         TARGETS: replace(case, targets=tuple(map(targets, case.targets))),
         IMAGES: case.images(_rotated(len(case.counts))),
     }
-    return replace(_call(bound, case), twins={k: _value(bound, c) for k, c in twins.items()})
+    return replace(called(bound, case), twins={k: valued(bound, c) for k, c in twins.items()})
 
 
 def _rotated(n: int) -> list[int]:
@@ -299,8 +304,8 @@ def _rotated(n: int) -> list[int]:
 
 
 def _alone(bound: Bound, case: Case) -> Seen:
-    twins = {f"image {b} alone": _call(bound, case.images([b])) for b in range(len(case.counts))}
-    return replace(_call(bound, case), twins=twins)
+    twins = {f"image {b} alone": called(bound, case.images([b])) for b in range(len(case.counts))}
+    return replace(called(bound, case), twins=twins)
 
 
 def _relayered(bound: Bound, case: Case) -> Seen:
@@ -310,8 +315,8 @@ def _relayered(bound: Bound, case: Case) -> Seen:
         if layer.startswith("aux"):
             outputs = {k: v for k, v in case.outputs.items() if k not in ("aux_outputs", case.options.encoder_key)}
             alone = replace(case, outputs={**outputs, **case.predictions(layer)}, label=f"{case.label}, {layer} alone")
-            twins[layer] = _value(bound, alone)
-    return replace(_call(bound, case), twins=twins, crossed=gradients_by_layer(bound, case))
+            twins[layer] = valued(bound, alone)
+    return replace(called(bound, case), twins=twins, crossed=gradients_by_layer(bound, case))
 
 
 PADDED = "three masked tokens appended"
@@ -335,7 +340,10 @@ def _padded(bound: Bound, case: Case) -> Seen:
     other = case.with_predictions(
         lambda _l, key, v: torch.where(outside, 1 - v.nan_to_num(neginf=0.0), v) if key == "pred_logits" else v
     )
-    return replace(_call(bound, case), twins={PADDED: _value(bound, padded), OTHER_LOGITS: _value(bound, other)})
+    return replace(
+        called(bound, case),
+        twins={PADDED: valued(bound, padded), OTHER_LOGITS: valued(bound, other)},
+    )
 
 
 PERMUTED = Experiment(
@@ -365,7 +373,7 @@ def _again(bound: Bound, case: Case) -> Seen:
     try:
         criterion = bound.build(case.options)
     except Exception:
-        return _call(bound, case)
+        return called(bound, case)
     none = replace(
         case,
         label=f"{case.label}, without targets",
@@ -373,16 +381,16 @@ def _again(bound: Bound, case: Case) -> Seen:
     )
     _seed_everything(1)
     before = _random_states()
-    first = _call(bound, case, criterion)
+    first = called(bound, case, criterion)
     after = _random_states()
     moved = [name for name in before if before[name] != after[name]]
     twins = {
-        EMPTIED: _call(bound, none, criterion),
-        AGAIN: _call(bound, case, criterion),
-        NEW: _call(bound, case),
+        EMPTIED: called(bound, none, criterion),
+        AGAIN: called(bound, case, criterion),
+        NEW: called(bound, case),
     }
     _seed_everything(2)
-    twins[OTHER_SEED] = _value(bound, case)
+    twins[OTHER_SEED] = valued(bound, case)
     return replace(first, twins=twins, remarks={"random state moved": " and ".join(moved)})
 
 

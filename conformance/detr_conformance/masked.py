@@ -17,7 +17,7 @@ from torch import Tensor
 
 from detr_conformance.candidate import Bound
 from detr_conformance.cases import LOGITS, Case, Recipe, as_float32, build
-from detr_conformance.experiments import Experiment, _call, _fitting, _seeds, _value
+from detr_conformance.experiments import Experiment, called, fitted_to, from_seeds, valued
 from detr_conformance.observation import observe, weighed
 from detr_conformance.registry import DETR
 from detr_conformance.seen import Seen
@@ -33,7 +33,7 @@ def masked_case(bound: Bound, recipe: Recipe, sizes: Sizes, given: tuple[int, in
     """The case of a recipe with masks: pred_masks [B,Q,h,w] of the size ``given``, and for image b boolean target masks
     of the size ``sizes[b]``, a filled box each with every fifth pixel flipped."""
     losses = tuple(dict.fromkeys((*bound.options.losses, "masks")))
-    plain = build(_fitting(recipe, bound), bound.options.with_(losses=losses), bound.varies)
+    plain = build(fitted_to(recipe, bound), bound.options.with_(losses=losses), bound.varies)
     rng = np.random.default_rng([recipe.seed, 1])
     logits = LOGITS[recipe.logits](rng, (len(sizes), plain.queries, *given))
     targets = [
@@ -120,7 +120,7 @@ def _in_other_forms(bound: Bound, case: Case) -> Seen:
         )
         for name, form in forms.items()
     }
-    return replace(_call(bound, case), twins={name: _value(bound, twin) for name, twin in twins.items()})
+    return replace(called(bound, case), twins={name: valued(bound, twin) for name, twin in twins.items()})
 
 
 def _decoded(masks: Tensor) -> Tensor:
@@ -136,11 +136,11 @@ def _decoded(masks: Tensor) -> Tensor:
 
 
 MASKS = Experiment(
-    "masks", "target masks of unequal sizes", _cases(MADE_MASKS), _seeds(_drawn), _call, share=0.15,
+    "masks", "target masks of unequal sizes", _cases(MADE_MASKS), from_seeds(_drawn), called, share=0.15,
     weight=1.5, declined=without_masks,
 )  # fmt: skip
 UNMASKED = Experiment(
-    "unmasked", "masks, and no targets", _cases(NO_MASKS), None, _call, weight=0.1, declined=without_masks
+    "unmasked", "masks, and no targets", _cases(NO_MASKS), None, called, weight=0.1, declined=without_masks
 )
 CODED_MASKS = Experiment(
     "coded masks", "the same masks in other forms", _cases(_FORMS), None, _in_other_forms, weight=0.1,

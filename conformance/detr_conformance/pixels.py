@@ -12,7 +12,7 @@ from torch import Tensor
 from detr_conformance.candidate import Bound
 from detr_conformance.cases import Case
 from detr_conformance.designed import pair_case
-from detr_conformance.experiments import Experiment, _call, _one_class, _seeds
+from detr_conformance.experiments import Experiment, called, from_seeds, one_class
 
 WIDTH, HEIGHT = 64, 48
 SIZE: Final = torch.tensor([WIDTH, HEIGHT] * 2, dtype=torch.float64)
@@ -46,7 +46,7 @@ def _drawn(bound: Bound, seed: int) -> Case:
 
 def _pair(bound: Bound, pred: Sequence[int], wanted: Sequence[int]) -> Case:
     label = f"pixels {tuple(pred)} and {tuple(wanted)} of a {WIDTH}×{HEIGHT} image"
-    return pair_case(_normalised(pred), _normalised(wanted), _one_class(bound), label)
+    return pair_case(_normalised(pred), _normalised(wanted), one_class(bound), label)
 
 
 def _normalised(corners: Sequence[int]) -> Any:
@@ -71,5 +71,5 @@ def coco_iou(pred: Tensor, wanted: Tensor) -> float:
 
 
 PIXELS = Experiment(
-    "pixels", "boxes with whole pixels as corners", _cases, _seeds(_drawn), _call, share=0.2, weight=0.2
+    "pixels", "boxes with whole pixels as corners", _cases, from_seeds(_drawn), called, share=0.2, weight=0.2
 )

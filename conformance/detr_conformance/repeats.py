@@ -17,7 +17,7 @@ from detr_conformance import tolerance
 from detr_conformance.adapters.textbook import candidate_of
 from detr_conformance.candidate import bind
 from detr_conformance.cases import ENC, FINAL, Case
-from detr_conformance.experiments import _call
+from detr_conformance.experiments import called
 from detr_conformance.findings import Repeat
 from detr_conformance.registry import Check, Comparison
 from detr_conformance.seen import Seen
@@ -40,7 +40,7 @@ def of(check: Check, seen: Seen, found: Comparison) -> Repeat | None:
         return None
     if seen.case.options.weighted and read.kind in ("gradient", "total"):
         return None  # read with the weights taken off
-    right = _call(bind(candidate_of(textbook, seen.bound.profile)), seen.case)
+    right = called(bind(candidate_of(textbook, seen.bound.profile)), seen.case)
     if read.kind in ("loss", "total", "gradient") and not all(_only_one(seen, layer) for layer in seen.case.layers):
         return None  # another right criterion may match otherwise
     return _as_called(read, seen.case) if _met(read, right) else None
@@ -91,7 +91,7 @@ def _matching(seen: Seen, layer: str, image: int) -> Repeat | None:
         return None
     least = float(costs[best.query, best.target].sum())
     # each pair of either assignment may be off by the most that rounding explains
-    allowed = 2 * len(best) * float(seen._allowed_cost(layer, image).max())
+    allowed = 2 * len(best) * float(seen.allowed_cost(layer, image).max())
     rows = tuple(tuple(row) for row in costs.tolist())
     return Repeat("matching", "", least, allowed, at=_path(seen.case, layer), index=(image,), costs=rows)
 
@@ -123,14 +123,14 @@ def _only_one(seen: Seen, layer: str) -> bool:
     for b, best in enumerate(seen.best[layer]):
         if not len(best):
             continue
-        costs, allowed = seen.costs(layer, b), seen._allowed_cost(layer, b)
+        costs, allowed = seen.costs(layer, b), seen.allowed_cost(layer, b)
         pairs = set(zip(best.query.tolist(), best.target.tolist(), strict=True))
         for q, t in pairs:
             barred = costs.clone()
             barred[q, t] = 1e6
             other = seen.book.assign(barred)
             differs = set(zip(other.query.tolist(), other.target.tolist(), strict=True)) != pairs
-            if differs and seen._more(layer, b, other) <= tolerance.slack(allowed, other, best):
+            if differs and seen.more_than_best(layer, b, other) <= tolerance.slack(allowed, other, best):
                 return False
     return True
 

@@ -149,7 +149,7 @@ class Seen:
         pairs, best = self.pairs[layer][image], self.best[layer][image]
         if pairs is best:
             return 0.0, 0.0
-        return self._more(layer, image, pairs), tolerance.slack(self._allowed_cost(layer, image), pairs, best)
+        return self.more_than_best(layer, image, pairs), tolerance.slack(self.allowed_cost(layer, image), pairs, best)
 
     def decided(self, layer: str) -> bool:
         """True where no other assignment of any image is as good within rounding."""
@@ -212,7 +212,8 @@ class Seen:
         divisor = float(book.class_divisor(torch.tensor(self.nb), pairs))
         return tolerance.of_focal(book, layer.logits[inside], y[inside], divisor, self.eps)
 
-    def _allowed_cost(self, layer: str, image: int) -> Tensor:
+    def allowed_cost(self, layer: str, image: int) -> Tensor:
+        """What rounding explains of each matching cost [Q,n] of an image."""
         at = ("allowed cost", layer, image)
         if at not in self.case.memo:
             own, target = self.layers[layer], dict(self.targets(layer)[image])
@@ -220,7 +221,8 @@ class Seen:
         allowed: Tensor = self.case.memo[at]
         return allowed
 
-    def _more(self, layer: str, image: int, pairs: Pairs) -> float:
+    def more_than_best(self, layer: str, image: int, pairs: Pairs) -> float:
+        """How much more these pairs cost than the best ones."""
         costs, best = self.costs(layer, image), self.best[layer][image]
         return float(costs[pairs.query, pairs.target].sum() - costs[best.query, best.target].sum())
 
@@ -230,8 +232,8 @@ class Seen:
             barred = self.costs(layer, image).clone()
             barred[q, t] = 1e6
             other = self.book.assign(barred)
-            more = self._more(layer, image, other)
-            if more <= tolerance.slack(self._allowed_cost(layer, image), other, best):
+            more = self.more_than_best(layer, image, other)
+            if more <= tolerance.slack(self.allowed_cost(layer, image), other, best):
                 return False
         return True
 

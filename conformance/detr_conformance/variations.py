@@ -20,7 +20,7 @@ from detr_conformance import cleaning
 from detr_conformance.candidate import Bound
 from detr_conformance.cases import Case, Recipe, build
 from detr_conformance.designed import duel_case, pair_case
-from detr_conformance.experiments import Experiment, _call, _from_recipes, _one_class
+from detr_conformance.experiments import Experiment, called, from_recipes, one_class
 from detr_conformance.observation import Observation, foreign, observe, said
 from detr_conformance.seen import Seen
 from detr_reference.textbook import TERMS
@@ -64,7 +64,7 @@ def _fitted(recipe: Recipe, bound: Bound) -> Recipe:
 def _half(bound: Bound, case: Case) -> Seen:
     """A call with half-precision outputs; or, of float32 ones, an ordinary call. Its own precision is allowed for."""
     dtype = case.outputs["pred_logits"].dtype
-    return replace(_call(bound, case), eps=float(torch.finfo(dtype).eps))
+    return replace(called(bound, case), eps=float(torch.finfo(dtype).eps))
 
 
 HALF = Experiment("half", "half precision, and extreme logits", _halves, None, _half, weight=0.4)
@@ -80,7 +80,7 @@ def _autocast(bound: Bound, case: Case) -> Seen:
 AUTOCASTED = Experiment(
     "autocast",
     "autocast to bfloat16",
-    _from_recipes((*PLAIN, Recipe(206, (2, 1), 5, classes=4, logits="confident"))),
+    from_recipes((*PLAIN, Recipe(206, (2, 1), 5, classes=4, logits="confident"))),
     None,
     _autocast,
     weight=0.1,
@@ -144,10 +144,10 @@ _EMPTY: Final = (
 
 def _empty_boxes(bound: Bound) -> Iterator[Case]:
     for kind, pred, wanted in _EMPTY:
-        yield pair_case(pred, wanted, _one_class(bound), f"pair of boxes, {kind}")
+        yield pair_case(pred, wanted, one_class(bound), f"pair of boxes, {kind}")
 
 
-EMPTY_BOXES = Experiment("empty boxes", "boxes without area", _empty_boxes, None, _call, weight=0.05)
+EMPTY_BOXES = Experiment("empty boxes", "boxes without area", _empty_boxes, None, called, weight=0.05)
 
 
 # --- a step against the gradient ---
@@ -157,7 +157,7 @@ STEPS: Final = tuple(4.0**-i for i in range(6))
 
 def _stepped(bound: Bound, case: Case) -> Seen:
     """A call, and more after steps of falling length against the gradient of the weighted total."""
-    seen = _call(bound, case)
+    seen = called(bound, case)
     o = case.options
     weights = {"ce": o.ce_loss_coef, "bbox": o.bbox_loss_coef, "giou": o.giou_loss_coef}
 
@@ -179,7 +179,7 @@ def _stepped(bound: Bound, case: Case) -> Seen:
     return replace(seen, trials=trials)
 
 
-STEPPED = Experiment("step", "a step against the gradient", _from_recipes(PLAIN), None, _stepped, weight=0.1)
+STEPPED = Experiment("step", "a step against the gradient", from_recipes(PLAIN), None, _stepped, weight=0.1)
 
 
 def total(case: Case, got: Observation) -> float:
@@ -199,7 +199,7 @@ KEPT: Final = "tensors kept for a backward pass"
 
 def _in_modes(bound: Bound, case: Case) -> Seen:
     """The same criterion in training and in evaluation, where it tells them apart."""
-    seen, trials = _call(bound, case), {}
+    seen, trials = called(bound, case), {}
     for name, mode in ((TRAIN, "train"), (EVAL, "eval")):
         with _any():
             criterion = bound.build(case.options)
@@ -224,7 +224,7 @@ def _called(bound: Bound, case: Case) -> Seen:
     }
     with _any():
         trials[THREADS] = _from_threads(bound, case)
-    return replace(_call(bound, case), trials=trials)
+    return replace(called(bound, case), trials=trials)
 
 
 def _from_threads(bound: Bound, case: Case, threads: int = 4, calls: int = 6) -> Observation:
@@ -269,12 +269,12 @@ def _compiled(bound: Bound, case: Case) -> Seen:
 
         torch._dynamo.reset()
         trials[COMPILED] = observe(bound, case, criterion=torch.compile(step, backend="eager"), grads=False)
-    return replace(_call(bound, case), trials=trials)
+    return replace(called(bound, case), trials=trials)
 
 
 def _with_graph(bound: Bound, case: Case) -> Seen:
     """A call, and one of its matcher on outputs that require gradient: how many tensors does autograd keep of it?"""
-    seen = _call(bound, case)
+    seen = called(bound, case)
     matcher = getattr(seen.got.criterion, "matcher", None)
     if not callable(matcher) or not seen.got.pairs:
         return seen
@@ -297,12 +297,12 @@ def _with_graph(bound: Bound, case: Case) -> Seen:
     return seen
 
 
-MODES = Experiment("modes", "training and evaluation", _from_recipes(PLAIN), None, _in_modes, weight=0.1)
-CALLERS = Experiment("callers", "no_grad, inference_mode, threads", _from_recipes(PLAIN[1:]), None, _called, weight=0.2)
+MODES = Experiment("modes", "training and evaluation", from_recipes(PLAIN), None, _in_modes, weight=0.1)
+CALLERS = Experiment("callers", "no_grad, inference_mode, threads", from_recipes(PLAIN[1:]), None, _called, weight=0.2)
 COMPILERS = Experiment(
-    "compiled", "torch.compile of the caller", _from_recipes(PLAIN[:1]), None, _compiled, weight=3.0, since="standard"
+    "compiled", "torch.compile of the caller", from_recipes(PLAIN[:1]), None, _compiled, weight=3.0, since="standard"
 )
-GRAPH = Experiment("graph", "the matcher and autograd", _from_recipes(PLAIN), None, _with_graph, weight=0.1)
+GRAPH = Experiment("graph", "the matcher and autograd", from_recipes(PLAIN), None, _with_graph, weight=0.1)
 
 
 # --- copies ---
@@ -313,7 +313,7 @@ STATE: Final = "state_dict after two calls"
 
 def _copied(bound: Bound, case: Case) -> Seen:
     """The call on copies of the criterion, and what its state_dict gained by calls."""
-    seen = _call(bound, case)
+    seen = called(bound, case)
     criterion = seen.got.criterion
     copies: dict[str, Callable[[], Any]] = {
         DEEP: lambda: copy.deepcopy(criterion),
@@ -354,4 +354,4 @@ def _shape(state: Mapping[str, Any], key: str) -> str:
     return str(list(state[key].shape)) if isinstance(state[key], Tensor) else type(state[key]).__name__
 
 
-COPIES = Experiment("copies", "copies, pickles, state_dict", _from_recipes(PLAIN[:2]), None, _copied, weight=0.1)
+COPIES = Experiment("copies", "copies, pickles, state_dict", from_recipes(PLAIN[:2]), None, _copied, weight=0.1)
