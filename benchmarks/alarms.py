@@ -1,6 +1,6 @@
 """Searches for false alarms: draws many cases for every experiment and judges criterions that are right on them.
 
-    python benchmarks/alarms.py [--seeds 1000] [--part 0/2]
+    python benchmarks/alarms.py [--seeds 1000] [--part 0/2] [WORDS OF A NAME …]
 
 Who is judged: the reference in every profile, and the right criterions of tests/zoo, each written in another style by
 somebody who had not seen this suite. Every line tells of one criterion; a check that fails is a false alarm, printed
@@ -49,12 +49,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="False alarms on right criterions.")
     parser.add_argument("--seeds", type=int, default=1000, help="cases of an experiment")
     parser.add_argument("--part", default="0/1", help="0/2 and 1/2 are two halves")
+    parser.add_argument("words", nargs="*", help="only who has one of these in the name; all without")
     given = parser.parse_args()
     part, parts = map(int, given.part.split("/"))
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     who = [("detr_reference.criterion", "detr_reference.criterion", p, "should") for p in PROFILES]
     who += [(r.id, r.factory, r.profile, "must") for r in RIGHT]
+    who = [one for one in who if not given.words or any(word in one[0] for word in given.words)]
     wrong = False
     for name, spec, profile, level in who[part::parts]:
         start = time.monotonic()
