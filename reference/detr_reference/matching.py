@@ -227,8 +227,8 @@ def on_host(tensors: Iterable[Tensor]) -> Iterator[npt.NDArray[Any]]:
 
 
 def on_device(device: torch.device, arrays: Sequence[Ints]) -> Iterator[Tensor]:
-    """Index arrays as tensors on a device, in one transfer that nothing waits for."""
-    joined = torch.from_numpy(np.concatenate(arrays)).to(device, non_blocking=True)
+    """Index arrays as tensors on a device, in one transfer; CUDA takes a copy first, so that nothing need wait."""
+    joined = torch.from_numpy(np.concatenate(arrays)).to(device, non_blocking=device.type == "cuda")
     return iter(torch.split(joined, [len(array) for array in arrays]))
 
 
@@ -258,6 +258,8 @@ def read_targets(
     """The targets of the images that ``layer`` predicts. Raises ValueError that names what is wrong, and where."""
     if len(targets) != len(layer.boxes):
         raise ValueError(f"targets has {len(targets)} images, but {layer.name}['pred_boxes'] has {len(layer.boxes)}")
+    if not len(targets):
+        raise ValueError(f"{layer.name}['pred_boxes'] and targets have no image")
     by_token = options.class_loss == "token"
     for b, target in enumerate(targets):
         _check_shapes(f"targets[{b}]", target, layer.logits.shape[-1] if by_token else None)
