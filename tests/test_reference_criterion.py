@@ -811,6 +811,13 @@ def test_what_does_not_fit_is_refused_by_its_name(profile: str, spoil: str, mess
     assert pickle.dumps(changed(list(before), Tensor.tolist)) == pickle.dumps(changed(list(call), Tensor.tolist))
 
 
+@every_profile
+def test_a_batch_without_images_is_refused(profile: str) -> None:
+    outputs, _ = call_of(profile)
+    with pytest.raises(ValueError, match="outputs.* and targets have no image"):
+        criterion_of(profile)({key: outputs[key][:0] for key in ("pred_logits", "pred_boxes")}, [])
+
+
 @pytest.mark.parametrize("profile", ["detr", "deformable-detr", "dino"])
 @pytest.mark.parametrize("label", [-1, CLASSES, 255])
 def test_a_label_that_is_no_class_is_refused(profile: str, label: int) -> None:
