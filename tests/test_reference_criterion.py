@@ -814,7 +814,7 @@ def test_what_does_not_fit_is_refused_by_its_name(profile: str, spoil: str, mess
 @every_profile
 def test_a_batch_without_images_is_refused(profile: str) -> None:
     outputs, _ = call_of(profile)
-    with pytest.raises(ValueError, match="outputs.* and targets have no image"):
+    with pytest.raises(ValueError, match="targets have no image"):
         criterion_of(profile)({key: outputs[key][:0] for key in ("pred_logits", "pred_boxes")}, [])
 
 
