@@ -185,8 +185,10 @@ def _gradients(at: _Judged, layer: str) -> Iterator[str]:
 
 
 def _gradient(at: _Judged, layer: str, term: str, name: str, want: Tensor, got: Tensor) -> Iterator[str]:
-    allowed = _allowed(at, layer, term, want)
-    off = ~((got - want).abs() <= allowed)
+    off = ~((got - want).abs() <= _allowed(at, layer, term, want))
+    if term == "ce" and bool(off.any()):
+        of = denoising.allowed_class_gradient if layer.startswith(KNOWN) else Seen.allowed_class_gradient
+        off &= ~((got - want).abs() <= of(at.seen, layer, want))
     if term in ("bbox", "giou") and bool(off.any()):
         off &= smooth(at.seen, layer)[..., None]
     if bool(off.any()):
@@ -214,9 +216,9 @@ def smooth(seen: Seen, layer: str) -> Tensor:
 
 
 def _allowed(at: _Judged, layer: str, term: str, want: Tensor) -> Tensor:
-    """What rounding explains of a gradient, as the checks of GRAD, DN and MASK have it."""
+    """What rounding explains of a gradient, as GRAD, DN and MASK have it; of a class gradient, at least."""
     if term == "ce":
-        return gradients.allowed_at_logits(want) * at.eps / EPS
+        return tolerance.of_class_gradient(want, torch.zeros(()), at.eps)
     if term in ("mask", "dice"):
         return _allowed_at_masks(at, want)
     sides = at.case.predictions(layer)["pred_boxes"][..., 2:].double().amin(-1, keepdim=True).clamp(min=1e-3)

@@ -199,18 +199,35 @@ class Seen:
         return [{k: v.double() if v.is_floating_point() else v for k, v in t.items()} for t in self.case.targets]
 
     def _allowed_class(self, layer: Layer) -> float:
-        book, targets, pairs = self.book, self.targets(layer.name), self.pairs[layer.name]
-        images = list(zip(layer.logits, targets, pairs, strict=True))
-        if book.o.class_loss == "softmax":
-            w = book.class_weight(torch.cat([book.softmax_class_target(*image) for image in images]))
+        if self.book.o.class_loss == "softmax":
             ce = self.want.losses[self.case.keys(layer.name)[0]]
-            return tolerance.of_softmax(layer.logits.flatten(0, 1), w, ce, self.eps)
+            return tolerance.of_softmax(layer.logits.flatten(0, 1), self._class_weights(layer), ce, self.eps)
+        y, inside, divisor = self._positives(layer)
+        return tolerance.of_focal(self.book, layer.logits[inside], y[inside], divisor, self.eps)
+
+    def allowed_class_gradient(self, name: str, want: Tensor) -> Tensor:
+        """The allowed error of the gradient of loss_ce at pred_logits [B,Q,C]."""
+        layer = self.layers[name]
+        if self.book.o.class_loss == "softmax":
+            parts = tolerance.parts_of_softmax(self._class_weights(layer)).view(*want.shape[:2], 1)
+        else:
+            y, _, divisor = self._positives(layer)
+            parts = tolerance.parts_of_focal(self.book, layer.logits, y, divisor)
+        return tolerance.of_class_gradient(want, parts, self.eps)
+
+    def _class_weights(self, layer: Layer) -> Tensor:
+        """Those of a softmax: [B·Q]."""
+        images = zip(layer.logits, self.targets(layer.name), self.pairs[layer.name], strict=True)
+        return self.book.class_weight(torch.cat([self.book.softmax_class_target(*image) for image in images]))
+
+    def _positives(self, layer: Layer) -> tuple[Tensor, Tensor, float]:
+        """Of a focal loss: the targets [B,Q,C] of all logits, which logits take part, and the divisor."""
+        book, targets, pairs = self.book, self.targets(layer.name), self.pairs[layer.name]
         kind = book.token_class_target if book.o.class_loss == "token" else book.focal_class_target
         mask = book.layer_mask(layer, self.case.outputs)
         inside = torch.stack([book.in_loss(x, None if mask is None else mask[b]) for b, x in enumerate(layer.logits)])
-        y = torch.stack([kind(*image) for image in images])
-        divisor = float(book.class_divisor(torch.tensor(self.nb), pairs))
-        return tolerance.of_focal(book, layer.logits[inside], y[inside], divisor, self.eps)
+        y = torch.stack([kind(*image) for image in zip(layer.logits, targets, pairs, strict=True)])
+        return y, inside, float(book.class_divisor(torch.tensor(self.nb), pairs))
 
     def allowed_cost(self, layer: str, image: int) -> Tensor:
         """What rounding explains of each matching cost [Q,n] of an image."""

@@ -54,7 +54,28 @@ def of_focal(book: Textbook, x: Tensor, y: Tensor, divisor: float, eps: float = 
     # 1 − p_t is a difference of numbers near 1, known to eps; so is p_t itself inside a plain log of a moderate logit
     power = gamma * alpha * (left + eps) ** (gamma - 1) * log if gamma else torch.zeros_like(z)
     inside_log = torch.where(z.abs() < 6, alpha * left**gamma / z.sigmoid(), torch.zeros_like(z))
-    return float(eps * ((x.numel() + OPS) * terms.sum() + OPS * (power + inside_log).sum())) / divisor
+    # whoever sums all as negatives, and corrects the positives, adds and subtracts what those are as negatives
+    negative = (book.alpha_weight(torch.zeros_like(y)) * x.sigmoid() ** gamma * torch.nn.functional.softplus(x))[y > 0]
+    rounded = power.sum() + inside_log.sum() + negative.sum()
+    return float(eps * ((x.numel() + OPS) * terms.sum() + OPS * rounded)) / divisor
+
+
+def of_class_gradient(want: Tensor, parts: Tensor, eps: float = EPS) -> Tensor:
+    """Allowed error of a class-logit gradient [B,Q,C]. ``parts``: how large what it is the difference of is."""
+    return OPS * eps * (4 * want.abs() + want.abs().max() + parts)
+
+
+def parts_of_softmax(w: Tensor) -> Tensor:
+    """Those of a softmax's gradient w·(p − y) / Σw, from class weights: [M,1]."""
+    return (w / w.sum())[:, None]
+
+
+def parts_of_focal(book: Textbook, x: Tensor, y: Tensor, divisor: float) -> Tensor:
+    """Those of a focal gradient: where a positive was summed as a negative and corrected, the negative's slope."""
+    p, gamma = x.sigmoid(), book.o.focal_gamma
+    slope = p**gamma * (gamma * (1 - p) * torch.nn.functional.softplus(x) + p)
+    parts = book.alpha_weight(torch.zeros_like(y)) * slope / divisor
+    return torch.where(y > 0, parts, torch.zeros_like(x)).nan_to_num()
 
 
 def of_softmax(x: Tensor, w: Tensor, loss: float, eps: float = EPS) -> float:

@@ -31,11 +31,22 @@ def allowed_of(seen: Seen, term: str, name: str) -> float:
     layer, pairs, divisor = _known(seen, name)
     targets, book = seen.targets("final"), seen.book
     if term == "ce":
-        images = zip(layer.logits, targets, pairs, strict=True)
-        y = torch.stack([book.focal_class_target(*image) for image in images])
-        return tolerance.of_focal(book, layer.logits, y, divisor)
+        return tolerance.of_focal(book, layer.logits, _positives(seen, name), divisor)
     of = tolerance.of_bbox if term == "bbox" else tolerance.of_giou
     return of(*book.matched_boxes(layer, targets, pairs), divisor)
+
+
+def allowed_class_gradient(seen: Seen, name: str, want: Tensor) -> Tensor:
+    """The allowed error of the gradient of loss_ce_dn at the logits [B,P,C] of denoising queries."""
+    layer, _, divisor = _known(seen, name)
+    parts = tolerance.parts_of_focal(seen.book, layer.logits, _positives(seen, name), divisor)
+    return tolerance.of_class_gradient(want, parts, seen.eps)
+
+
+def _positives(seen: Seen, name: str) -> Tensor:
+    layer, pairs, _ = _known(seen, name)
+    images = zip(layer.logits, seen.targets("final"), pairs, strict=True)
+    return torch.stack([seen.book.focal_class_target(*image) for image in images])
 
 
 def _value(seen: Seen, term: str, name: str) -> Comparison:
@@ -94,7 +105,7 @@ def denoising_queries_get_the_textbook_gradient(seen: Seen) -> Iterator[Comparis
             if got is None:
                 yield holds(False, what, "a tensor", "none")
             elif at == 0:
-                yield agree_rows(what, want, got, OPS * EPS * (4 * want.abs() + want.abs().max()))
+                yield agree_rows(what, want, got, allowed_class_gradient(seen, name, want))
             else:
                 allowed = OPS * EPS * (1 + 8 / sides) * want.abs().amax(-1, keepdim=True) + 1e-12 / divisor
                 rows = smooth(seen, name)

@@ -50,11 +50,6 @@ def allowed_at_boxes(seen: Seen, layer: str, want: Tensor) -> Tensor:
     return (OPS * EPS * (1 + 8 / sides) * want.abs().amax(-1, keepdim=True) + 1e-12).expand_as(want)
 
 
-def allowed_at_logits(want: Tensor) -> Tensor:
-    """The allowed error of a class-logit gradient [B,Q,C]."""
-    return OPS * EPS * (4 * want.abs() + want.abs().max())
-
-
 def _unmatched(seen: Seen, layer: str) -> Tensor:
     """The rows [B,Q] without a target."""
     rows = torch.ones(seen.layers[layer].boxes.shape[:2], dtype=torch.bool)
@@ -101,7 +96,7 @@ def logits_get_the_textbook_gradient(seen: Seen) -> Iterator[Comparison]:
         if got is None:
             yield holds(False, name, "a tensor", "none")
             continue
-        yield agree_rows(name, want, got, allowed_at_logits(want))
+        yield agree_rows(name, want, got, seen.allowed_class_gradient(layer, want))
 
 
 @fault(logits_get_the_textbook_gradient, fix="compute the class loss on the logits themselves")

@@ -12,7 +12,6 @@ from torch import Tensor
 from detr_conformance.contract.compare import agree, agree_rows, holds
 from detr_conformance.contract.gradients import (
     allowed_at_boxes,
-    allowed_at_logits,
     every_output_gets_a_gradient_tensor,
 )
 from detr_conformance.elsewhere import RANKS, STUCK
@@ -110,7 +109,7 @@ def gradients_of_the_ranks_are_those_of_the_whole_batch(seen: Seen) -> Iterator[
             found = [p for p in parts if p is not None]
             if want is None or len(found) < len(parts) or not (seen.agrees(term, layer) and seen.decided(layer)):
                 continue
-            allowed = allowed_at_logits(want) if term == "ce" else allowed_at_boxes(seen, layer, want)
+            allowed = seen.allowed_class_gradient(layer, want) if term == "ce" else allowed_at_boxes(seen, layer, want)
             what = f"mean over ranks of the gradient of loss_{term}{seen.case.suffix(layer)}"
             how = "the gradient of one process with the whole batch"
             # each side is known to that
