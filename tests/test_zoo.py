@@ -13,6 +13,9 @@ import pytest
 import torch
 
 from detr_conformance import judge
+from detr_conformance.candidate import bind
+from detr_conformance.cases import Recipe, build
+from detr_conformance.experiments import BATCH, EXTREMES, called
 from detr_conformance.registry import checks, clauses
 from detr_conformance.runner import Judge, Settings
 from zoo import RIGHT, WRONG
@@ -26,6 +29,17 @@ JUDGED = [w for w in WRONG if MUST & set(w.clause)]
 def test_a_right_criterion_raises_no_false_alarm(right):
     report = judge(right.factory, profile=right.profile, level="should" if right.should else "must", effort="quick")
     assert report.conformant, [f.message for f in report.findings if f.verdict not in ("pass", "declined")]
+
+
+@pytest.mark.parametrize("right", RIGHT, ids=lambda r: r.id)
+def test_few_queries_that_are_all_sure_raise_no_false_alarm(right):
+    """There the class loss and its gradient are nearly 0, small differences of larger numbers."""
+    bound = bind(right.factory, right.profile)
+    own = [c for c in checks(right.profile, "must") if c.on in (BATCH, EXTREMES)]
+    for seed, (counts, queries) in enumerate([((1,), 1), ((2,), 2), ((1, 1), 2), ((2,), 1)] * 5):
+        recipe = Recipe(seed, counts, queries, classes=1 + seed % 3, logits="confident")
+        seen = called(bound, build(recipe, bound.options, bound.varies))
+        assert [c for check in own for c in check.judge(seen) if not c.ok] == []
 
 
 @pytest.mark.parametrize("wrong", JUDGED[::10], ids=lambda w: w.id)

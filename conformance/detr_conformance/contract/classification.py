@@ -61,7 +61,8 @@ def factors(seen: Seen, layer: str = "final") -> Factors | None:
         else:
             positive[b] = kind(x, t, m) > 0
     rows = matched[..., None].expand_as(want)
-    told = want.abs() > 1e-2 * want.abs().max()
+    size = want.abs()
+    told = (size > 1e-2 * size.max()) & (seen.allowed_class_gradient(layer, want) < CLOSE * size)
     factor = torch.where(told, got / want, torch.ones_like(want))
     return Factors(factor, told, positive, rows, factor > 1e-6)
 

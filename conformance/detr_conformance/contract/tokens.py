@@ -154,8 +154,12 @@ def every_image_uses_its_own_prompt(seen: Seen) -> Iterator[Comparison]:
         own, alone = (s.got.grads.get(("ce", "final"), (None, None))[0] for s in (seen, twin))
         if own is None or alone is None or not twin.agrees("ce", "final"):
             continue
+        allowed = twin.allowed_class_gradient("final", twin.want.grads["ce", "final"][0])[0]
+        clear = torch.maximum(own[b].abs(), alone[0].abs()) > allowed
         for q in range(seen.case.queries):
-            pulled, right = ((grad < 0).nonzero()[:, 0].tolist() for grad in (own[b, q], alone[0, q]))
+            pulled, right = (
+                (grad[q] < 0).logical_and(clear[q]).nonzero()[:, 0].tolist() for grad in (own[b], alone[0])
+            )
             what = f"tokens that query {q} of image {b} is trained to find"
             same = holds(pulled == right, what, f"{right}, as {name}", f"{pulled} in the batch")
             yield from unless_tied(twin, ["final"], same)
