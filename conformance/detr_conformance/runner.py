@@ -103,6 +103,7 @@ class Judge:
         self._found: dict[str, Tallies] = {}
         self._after: dict[str, bool] = {}  # whether the textbook was the same after an experiment
         self._diagnoser = Diagnoser(self.bound, self._tallies)
+        self._golden: dict[Path, dict[str, str]] = {}  # by folder of golden cases, its files
 
     def identity(self) -> Identity:
         """Who is judged; calls the candidate once to see that the wiring is right."""
@@ -182,7 +183,9 @@ class Judge:
         from detr_conformance import golden_judge
         from detr_fixtures import golden
 
-        return golden_judge.judged(self.bound, golden.load(name, folder))
+        if folder not in self._golden:
+            self._golden[folder] = golden.manifest(folder)["files"]
+        return golden_judge.judged(self.bound, golden.load(name, folder, self._golden[folder]))
 
     def failing(self, check: Check) -> Comparison | None:
         """What ``check`` itself finds wrong, whatever it comes after; None where it finds nothing or is not made."""
