@@ -9,7 +9,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from .classification import widened
 from .matching import Layer, Pairs, on_device, on_host
@@ -71,10 +70,28 @@ def mask_loss_sums(predicted: Tensor, masks: Sequence[Tensor], matches: Sequence
     for x, mask, target in zip(pairs, masks, index, strict=True):
         if len(target):
             own = mask.index_select(0, target.to(mask.device))
-            # Pixels are many, and autograd would keep a dozen numbers of each: they are computed again instead.
-            sums.append(checkpoint(_image_sums, x, own, size, use_reentrant=False, preserve_rng_state=False))
+            sums.append(_ImageSums.apply(x, own, size))  # type: ignore[no-untyped-call]
     focal, dice = torch.stack(sums).sum(0)
     return focal, dice
+
+
+class _ImageSums(torch.autograd.Function):
+    """``_image_sums``, computed again for its gradient: pixels are many, and autograd keeps a dozen numbers of each."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mask: Tensor, size: Sequence[int]) -> Tensor:
+        ctx.save_for_backward(x, mask)
+        ctx.size = size
+        return _image_sums(x, mask, size)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        x, mask = ctx.saved_tensors
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            sums = _image_sums(x, mask, ctx.size)
+        return torch.autograd.grad(sums, x, grad)[0], None, None
 
 
 def _image_sums(x: Tensor, mask: Tensor, size: Sequence[int]) -> Tensor:
