@@ -2,8 +2,8 @@
 
     python benchmarks/alarms.py [--seeds 1000] [--part 0/2] [WORDS OF A NAME …]
 
-Who is judged: the reference in every profile, and the right criterions of tests/zoo, each written in another style by
-somebody who had not seen this suite. Every line tells of one criterion; a check that fails is a false alarm, printed
+Who is judged: the reference in every profile, the losses of transformers that are right in one process, and the right
+criterions of tests/zoo, each written in another style by somebody who had not seen this suite. Every line tells of one criterion; a check that fails is a false alarm, printed
 with its case, and the exit status is 1. Two parts may run side by side: --part 0/2 and --part 1/2.
 """
 
@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from zoo import RIGHT
 
 SEED = 20261123
+PUBLISHED = ("transformers-detr", "transformers-deformable-detr")
 
 
 def alarms(spec: object, profile: str, level: str, seeds: int) -> tuple[int, list[str]]:
@@ -55,6 +56,7 @@ def main() -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     who = [("detr_reference.criterion", "detr_reference.criterion", p, "should") for p in PROFILES]
+    who += [(name, name, name.removeprefix("transformers-"), "must") for name in PUBLISHED]
     who += [(r.id, r.factory, r.profile, "must") for r in RIGHT]
     who = [one for one in who if not given.words or any(word in one[0] for word in given.words)]
     wrong = False
