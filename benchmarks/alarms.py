@@ -3,8 +3,9 @@
     python benchmarks/alarms.py [--seeds 1000] [--part 0/2] [WORDS OF A NAME …]
 
 Who is judged: the reference in every profile, the losses of transformers that are right in one process, and the right
-criterions of tests/zoo, each written in another style by somebody who had not seen this suite. Every line tells of one criterion; a check that fails is a false alarm, printed
-with its case, and the exit status is 1. Two parts may run side by side: --part 0/2 and --part 1/2.
+criterions of tests/zoo, each written in another style by somebody who had not seen this suite. Every line tells of one
+criterion; a check that fails is a false alarm, printed with its case, and the exit status is 1. Two parts may run side
+by side: --part 0/2 and --part 1/2.
 """
 
 from __future__ import annotations
