@@ -1,13 +1,11 @@
 """Criterions written without a look at the suite: the right ones pass, whatever their style; the wrong ones do not.
 
-The whole zoo has several hundred wrong ones; a tenth of them, spread evenly, is judged here. All of them:
+The whole zoo has several hundred wrong ones; a tenth of them, spread evenly, is judged without --slow. All of them:
 
-    python tests/test_zoo.py [WORDS OF AN ID]
+    pytest --slow -n 2 tests/test_zoo.py
 """
 
 from __future__ import annotations
-
-import sys
 
 import pytest
 import torch
@@ -42,7 +40,12 @@ def test_few_queries_that_are_all_sure_raise_no_false_alarm(right):
         assert [c for check in own for c in check.judge(seen) if not c.ok] == []
 
 
-@pytest.mark.parametrize("wrong", JUDGED[::10], ids=lambda w: w.id)
+def pytest_generate_tests(metafunc):
+    if "wrong" in metafunc.fixturenames:
+        step = 1 if metafunc.config.getoption("--slow") else 10
+        metafunc.parametrize("wrong", JUDGED[::step], ids=lambda w: w.id)
+
+
 def test_a_wrong_criterion_is_found(wrong):
     assert next(broken(wrong), None), wrong.sentence
 
@@ -55,14 +58,3 @@ def broken(wrong):
     """The clauses of level must that fail at effort quick, without evidence and diagnosis."""
     judge = Judge(wrong.factory, Settings(profile=wrong.profile, effort="quick"))
     return (c.clause.id for c in checks(wrong.profile, "must") if judge.failing(c))
-
-
-if __name__ == "__main__":
-    words = sys.argv[1:]
-    chosen = [w for w in JUDGED if all(word in w.id for word in words)]
-    missed = []
-    for wrong in chosen:
-        found = sorted(set(broken(wrong)))
-        print("found " if found else "missed", wrong.id, *found, flush=True)
-        missed += [] if found else [wrong.id]
-    print(f"{len(chosen) - len(missed)} of {len(chosen)} found", *missed)
