@@ -366,18 +366,22 @@ LAYERS = Experiment(
 PROMPTS = Experiment("prompts", "text padded and masked", _stored("prompts"), _recipes("unequal"), _padded, share=0.15)
 
 AGAIN, EMPTIED, NEW, OTHER_SEED = "again", "without targets", "with a new criterion", "under another random state"
+FEWER, FEWER_NEW = "with a target less an image", "with a target less an image and a new criterion"
 
 
 def _again(bound: Bound, case: Case) -> Seen:
-    """A call, another one without targets, the first again: all on one criterion; then once on a new one."""
+    """A call, others without targets and with fewer, the first again: all on one criterion; then some on new ones."""
     try:
         criterion = bound.build(case.options)
     except Exception:
         return called(bound, case)
-    none = replace(
-        case,
-        label=f"{case.label}, without targets",
-        targets=tuple({k: v if k == "positive_map" else v[:0] for k, v in t.items()} for t in case.targets),
+    none, fewer = (
+        replace(
+            case,
+            label=f"{case.label}, {name}",
+            targets=tuple({k: v if k == "positive_map" else v[part] for k, v in t.items()} for t in case.targets),
+        )
+        for name, part in ((EMPTIED, slice(0)), (FEWER, slice(1, None)))
     )
     _seed_everything(1)
     before = _random_states()
@@ -386,8 +390,10 @@ def _again(bound: Bound, case: Case) -> Seen:
     moved = [name for name in before if before[name] != after[name]]
     twins = {
         EMPTIED: called(bound, none, criterion),
+        FEWER: called(bound, fewer, criterion),
         AGAIN: called(bound, case, criterion),
         NEW: called(bound, case),
+        FEWER_NEW: called(bound, fewer),
     }
     _seed_everything(2)
     twins[OTHER_SEED] = valued(bound, case)
@@ -412,7 +418,7 @@ REPEATED = Experiment(
     "repeated",
     "the same call again",
     _stored("repeated"),
-    _recipes("unequal"),
+    _recipes("wild"),
     _again,
     share=0.1,
 )

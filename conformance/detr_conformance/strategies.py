@@ -13,6 +13,7 @@ quick to shrink, and value ranges are reached that a seed alone would not.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Final, TypeVar
 
 import hypothesis
@@ -20,7 +21,7 @@ from hypothesis import HealthCheck, Phase
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
-from detr_conformance.cases import Case, Recipe, build
+from detr_conformance.cases import BOXES, LOGITS, Case, Recipe, build
 from detr_reference.options import PROFILES, Options, options_of
 
 T = TypeVar("T")
@@ -106,6 +107,15 @@ def unequal(draw: Callable[[SearchStrategy[T]], T]) -> Recipe:
         tokens=11,
         edits=pick(_edits("masked -inf")),
     )
+
+
+@st.composite
+def wild(draw: Callable[[SearchStrategy[T]], T]) -> Recipe:
+    """The same with logits and boxes of every kind, so that whoever tidies his inputs has something to tidy."""
+    pick: Any = draw
+    logits, boxes = (pick(st.sampled_from(kinds)) for kinds in (sorted(LOGITS), sorted(BOXES)))
+    base: Recipe = pick(unequal())
+    return replace(base, logits=logits, boxes=boxes)
 
 
 @st.composite

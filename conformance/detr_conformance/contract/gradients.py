@@ -42,6 +42,15 @@ def boxes_get_the_textbook_gradient(seen: Seen) -> Iterator[Comparison]:
                 rows = smooth(seen, layer)
                 everywhere = agree_rows(f"{name}, matched queries", want[rows], got[rows], allowed[rows])
             yield everywhere
+        yield _none(seen, "ce", layer, "pred_boxes")
+
+
+def _none(seen: Seen, term: str, layer: str, at: str) -> Comparison:
+    """A loss has no gradient at what it does not read."""
+    stray = seen.got.grads.get((term, layer), (None, None))[("pred_logits", "pred_boxes").index(at)]
+    worst = 0.0 if stray is None or not stray.numel() else float(stray.abs().max())
+    name = f"gradient of loss_{term}{seen.case.suffix(layer)} at {at}"
+    return holds(worst == 0, name, "none, or exactly 0", f"up to {worst:.3g}")
 
 
 def allowed_at_boxes(seen: Seen, layer: str, want: Tensor) -> Tensor:
@@ -97,6 +106,7 @@ def logits_get_the_textbook_gradient(seen: Seen) -> Iterator[Comparison]:
             yield holds(False, name, "a tensor", "none")
             continue
         yield agree_rows(name, want, got, seen.allowed_class_gradient(layer, want))
+        yield from (_none(seen, term, layer, "pred_logits") for term in ("bbox", "giou"))
 
 
 @fault(logits_get_the_textbook_gradient, fix="compute the class loss on the logits themselves")

@@ -230,6 +230,26 @@ for check, name, sentence, change in (
     )  # fmt: skip
 
 
+def _pulling(read: str) -> Callable[..., Any]:
+    """A layer's losses, with a gradient to what they do not read."""
+
+    def losses(before: Callable[..., Any], book: Textbook, layer: Any, *rest: Any) -> Any:
+        other = layer.boxes.sum() if read == "loss_ce" else layer.logits.sigmoid().sum()
+        found = before(layer, *rest)
+        return {k: v + 0.1 * (other - other.detach()) if k.startswith(read) else v for k, v in found.items()}
+
+    return losses
+
+
+for check, name, sentence, read in (
+    (boxes_get_the_textbook_gradient, "class-loss-moves-boxes",
+     "The class loss has the right value, and a gradient to the boxes.", "loss_ce"),
+    (logits_get_the_textbook_gradient, "box-loss-moves-logits",
+     "The L1 loss has the right value, and a gradient to the logits.", "loss_bbox"),
+):  # fmt: skip
+    known(check, name, sentence, fix="detach what only weighs a loss", around={"layer_losses": _pulling(read)})
+
+
 def _dropped(before: Callable[..., Any], book: Textbook, outputs: Any, targets: Any, given: Any) -> Any:
     """Images without targets are no part of the batch."""
     full = [b for b, t in enumerate(targets) if len(t["boxes"])]

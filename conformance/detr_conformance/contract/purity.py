@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
 import torch
 
 from detr_conformance.contract.compare import holds
-from detr_conformance.experiments import AGAIN, EMPTIED, NEW, OTHER_SEED, REPEATED
-from detr_conformance.registry import EVERY, Comparison, check, clause, fault
+from detr_conformance.experiments import AGAIN, EMPTIED, FEWER, FEWER_NEW, NEW, OTHER_SEED, REPEATED
+from detr_conformance.registry import EVERY, Comparison, check, clause, fault, known
 from detr_conformance.seen import Seen
 from detr_reference.textbook import Textbook
 
@@ -27,13 +27,23 @@ def _wrapped(book: Textbook, act: Any) -> Textbook:
     return replace(book, losses=losses)
 
 
-def _alike(seen: Seen, name: str) -> Iterator[Comparison]:
-    """Every loss of the twin is bitwise that of the first call."""
-    twin = seen.twins[name]
-    for key, got in seen.got.losses.items():
-        other = twin.got.losses.get(key)
-        ok = other == got or (other is not None and other != other and got != got)
-        yield holds(ok, f"{key}, called {name}", f"{got!r} as the first time", f"{other!r}")
+def after_it(change: Callable[[Any, Any], None]) -> Callable[..., Any]:
+    """The losses, and then a change of the caller's outputs and targets."""
+
+    def losses(before: Callable[..., Any], book: Textbook, outputs: Any, targets: Any, *rest: Any) -> Any:
+        result = before(outputs, targets, *rest)
+        change(outputs, targets)
+        return result
+
+    return losses
+
+
+def _alike(call: Seen, other: Seen, name: str, like: str) -> Iterator[Comparison]:
+    """Every loss of the other call is bitwise that of ``call``."""
+    for key, want in call.got.losses.items():
+        got = other.got.losses.get(key)
+        ok = got == want or (got is not None and got != got and want != want)
+        yield holds(ok, f"{key}, called {name}", f"{want!r} as {like}", other.raised or f"{got!r}")
 
 
 PURE_1 = clause("PURE-1", "must", EVERY, "Outputs and targets are not changed: no key, no value, no nested list.")
@@ -74,6 +84,29 @@ def labels_are_zeroed_in_place(book: Textbook) -> Textbook:
     return _wrapped(book, act)
 
 
+def _sorted_by_label(outputs: Any, targets: Any) -> None:
+    for target in targets:
+        order = target["labels"].argsort(stable=True)
+        target.update({k: v[order] for k, v in target.items() if k != "positive_map"})
+
+
+def _clamped(key: str, low: float, high: float) -> Callable[[Any, Any], None]:
+    def change(outputs: Any, targets: Any) -> None:
+        outputs[key].data.clamp_(low, high)
+
+    return change
+
+
+for name, sentence, change in (
+    ("targets-sorted-in-place", "The caller's targets are sorted by label.", _sorted_by_label),
+    ("boxes-clamped-in-place", "The caller's predicted boxes are clamped to 0.05 … 0.95.",
+     _clamped("pred_boxes", 0.05, 0.95)),
+    ("logits-clamped-in-place", "The caller's logits are clamped to ±50, infinite ones too.",
+     _clamped("pred_logits", -50, 50)),
+):  # fmt: skip
+    known(inputs_are_not_changed, name, sentence, fix="work on a copy", around={"losses": after_it(change)})
+
+
 PURE_2 = clause(
     "PURE-2", "must", EVERY, "The same call twice gives bitwise the same result; earlier calls do not matter."
 )
@@ -81,8 +114,9 @@ PURE_2 = clause(
 
 @check(PURE_2, on=REPEATED, component="side effects", takes_raising=True)
 def earlier_calls_do_not_matter(seen: Seen) -> Iterator[Comparison]:
-    yield from _alike(seen, AGAIN)
-    yield from _alike(seen, NEW)
+    for name in (AGAIN, NEW):
+        yield from _alike(seen, seen.twins[name], name, "the first time")
+    yield from _alike(seen.twins[FEWER_NEW], seen.twins[FEWER], f"{FEWER}, after other calls", "with a new criterion")
 
 
 @fault(earlier_calls_do_not_matter, seen_in="D-FINE caches its targets between calls", fix="keep nothing on self")
@@ -101,6 +135,23 @@ def losses_smoothed_over_calls(book: Textbook) -> Textbook:
     return _wrapped(book, act)
 
 
+def _kept_by_criterion(formula: Callable[..., Any]) -> Callable[..., Any]:
+    """The formula, whose first result of each criterion stands in all its later calls."""
+    kept: dict[int, tuple[Any, Any]] = {}
+
+    def first(before: Callable[..., Any], book: Textbook, *args: Any) -> Any:
+        return kept.setdefault(id(book.o), (book.o, formula(before, *args)))[1]  # options live as long as their id
+
+    return first
+
+
+known(
+    earlier_calls_do_not_matter, "number-of-boxes-of-the-first-call",
+    "The number of boxes is computed in a criterion's first call, and kept.",
+    fix="compute it in every call", around={"num_boxes": _kept_by_criterion(lambda before, *args: before(*args))},
+)  # fmt: skip
+
+
 PURE_3 = clause("PURE-3", "must", EVERY, "The global random state is neither read nor moved.")
 
 
@@ -109,7 +160,7 @@ def the_random_state_is_left_alone(seen: Seen) -> Iterator[Comparison]:
     moved = seen.remarks.get("random state moved", "")
     yield holds(not moved, "the global random state after the call", "as before", f"that of {moved} moved")
     if not moved:
-        yield from _alike(seen, OTHER_SEED)
+        yield from _alike(seen, seen.twins[OTHER_SEED], OTHER_SEED, "the first time")
 
 
 @fault(the_random_state_is_left_alone, fix="use no random numbers, or a generator of your own")
