@@ -366,38 +366,42 @@ LAYERS = Experiment(
 PROMPTS = Experiment("prompts", "text padded and masked", _stored("prompts"), _recipes("unequal"), _padded, share=0.15)
 
 AGAIN, EMPTIED, NEW, OTHER_SEED = "again", "without targets", "with a new criterion", "under another random state"
-FEWER, FEWER_NEW = "with a target less an image", "with a target less an image and a new criterion"
+OTHERS = ("with a target less an image", "with other target boxes")
+AFRESH = {name: f"{name}, with a new criterion" for name in OTHERS}
 
 
 def _again(bound: Bound, case: Case) -> Seen:
-    """A call, others without targets and with fewer, the first again: all on one criterion; then some on new ones."""
+    """A call, others with no or other targets, the first again: all on one criterion; then some on new ones."""
     try:
         criterion = bound.build(case.options)
     except Exception:
         return called(bound, case)
-    none, fewer = (
-        replace(
-            case,
-            label=f"{case.label}, {name}",
-            targets=tuple({k: v if k == "positive_map" else v[part] for k, v in t.items()} for t in case.targets),
-        )
-        for name, part in ((EMPTIED, slice(0)), (FEWER, slice(1, None)))
-    )
+
+    def some(name: str, part: slice) -> Case:
+        targets = tuple({k: v if k == "positive_map" else v[part] for k, v in t.items()} for t in case.targets)
+        return replace(case, label=f"{case.label}, {name}", targets=targets)
+
+    fewer, moved_boxes = OTHERS
+    moved = tuple({**t, "boxes": t["boxes"] * 0.75} for t in case.targets)
+    others = {
+        fewer: some(fewer, slice(1, None)),
+        moved_boxes: replace(case, label=f"{case.label}, {moved_boxes}", targets=moved),
+    }
     _seed_everything(1)
     before = _random_states()
     first = called(bound, case, criterion)
     after = _random_states()
-    moved = [name for name in before if before[name] != after[name]]
+    drawn = [name for name in before if before[name] != after[name]]
     twins = {
-        EMPTIED: called(bound, none, criterion),
-        FEWER: called(bound, fewer, criterion),
+        EMPTIED: called(bound, some(EMPTIED, slice(0)), criterion),
+        **{name: called(bound, other, criterion) for name, other in others.items()},
         AGAIN: called(bound, case, criterion),
         NEW: called(bound, case),
-        FEWER_NEW: called(bound, fewer),
+        **{AFRESH[name]: called(bound, other) for name, other in others.items()},
     }
     _seed_everything(2)
     twins[OTHER_SEED] = valued(bound, case)
-    return replace(first, twins=twins, remarks={"random state moved": " and ".join(moved)})
+    return replace(first, twins=twins, remarks={"random state moved": " and ".join(drawn)})
 
 
 def _seed_everything(seed: int) -> None:

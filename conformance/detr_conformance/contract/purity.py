@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from detr_conformance.contract.compare import holds
-from detr_conformance.experiments import AGAIN, EMPTIED, FEWER, FEWER_NEW, NEW, OTHER_SEED, REPEATED
+from detr_conformance.experiments import AFRESH, AGAIN, EMPTIED, NEW, OTHER_SEED, OTHERS, REPEATED
 from detr_conformance.registry import EVERY, Comparison, check, clause, fault, known
 from detr_conformance.seen import Seen
 from detr_reference.textbook import Textbook
@@ -84,10 +84,13 @@ def labels_are_zeroed_in_place(book: Textbook) -> Textbook:
     return _wrapped(book, act)
 
 
-def _sorted_by_label(outputs: Any, targets: Any) -> None:
-    for target in targets:
-        order = target["labels"].argsort(stable=True)
-        target.update({k: v[order] for k, v in target.items() if k != "positive_map"})
+def _sorted(descending: bool) -> Callable[[Any, Any], None]:
+    def change(outputs: Any, targets: Any) -> None:
+        for target in targets:
+            order = target["labels"].argsort(descending=descending, stable=True)
+            target.update({k: v[order] for k, v in target.items() if k != "positive_map"})
+
+    return change
 
 
 def _clamped(key: str, low: float, high: float) -> Callable[[Any, Any], None]:
@@ -98,7 +101,9 @@ def _clamped(key: str, low: float, high: float) -> Callable[[Any, Any], None]:
 
 
 for name, sentence, change in (
-    ("targets-sorted-in-place", "The caller's targets are sorted by label.", _sorted_by_label),
+    ("targets-sorted-in-place", "The caller's targets are sorted by label.", _sorted(False)),
+    ("targets-sorted-downwards-in-place", "The caller's targets are sorted by label, the last class first.",
+     _sorted(True)),
     ("boxes-clamped-in-place", "The caller's predicted boxes are clamped to 0.05 … 0.95.",
      _clamped("pred_boxes", 0.05, 0.95)),
     ("logits-clamped-in-place", "The caller's logits are clamped to ±50, infinite ones too.",
@@ -116,7 +121,10 @@ PURE_2 = clause(
 def earlier_calls_do_not_matter(seen: Seen) -> Iterator[Comparison]:
     for name in (AGAIN, NEW):
         yield from _alike(seen, seen.twins[name], name, "the first time")
-    yield from _alike(seen.twins[FEWER_NEW], seen.twins[FEWER], f"{FEWER}, after other calls", "with a new criterion")
+    for name in OTHERS:
+        yield from _alike(
+            seen.twins[AFRESH[name]], seen.twins[name], f"{name}, after other calls", "with a new criterion"
+        )
 
 
 @fault(earlier_calls_do_not_matter, seen_in="D-FINE caches its targets between calls", fix="keep nothing on self")
@@ -149,6 +157,25 @@ known(
     earlier_calls_do_not_matter, "number-of-boxes-of-the-first-call",
     "The number of boxes is computed in a criterion's first call, and kept.",
     fix="compute it in every call", around={"num_boxes": _kept_by_criterion(lambda before, *args: before(*args))},
+)  # fmt: skip
+
+
+def _first_boxes() -> Callable[..., Any]:
+    kept: dict[int, tuple[Any, list[Any]]] = {}
+
+    def losses(before: Callable[..., Any], book: Textbook, outputs: Any, targets: Any, *rest: Any) -> Any:
+        first = kept.setdefault(id(book.o), (book.o, [t["boxes"] for t in targets]))[1]
+        if [b.shape for b in first] == [t["boxes"].shape for t in targets]:
+            targets = [{**t, "boxes": b} for t, b in zip(targets, first, strict=True)]
+        return before(outputs, targets, *rest)
+
+    return losses
+
+
+known(
+    earlier_calls_do_not_matter, "target-boxes-of-the-first-call",
+    "The target boxes of a criterion's first call are kept for later ones of the same shape.",
+    fix="keep nothing on self", around={"losses": _first_boxes()},
 )  # fmt: skip
 
 
