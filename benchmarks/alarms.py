@@ -43,7 +43,8 @@ def alarms(spec: object, profile: str, level: str, seeds: int) -> tuple[int, lis
         tallies = tallied(bound, experiment, sample(experiment.drawn(bound), seeds, SEED))
         count += seeds
         for name in sorted(tallies.failing & binding):
-            found.append(f"{name} on {tallies.by_check[name].failing}")
+            case, comparison = tallies.by_check[name].failing  # type: ignore[misc]
+            found.append(f"{name} on {case.label}: {comparison}")
     return count, found
 
 

@@ -132,7 +132,7 @@ def main() -> None:
         device = devices.chosen(parser.parse_args().device)
     except ConformanceError as error:
         sys.exit(str(error))
-    if device in ("none", devices.CPU):
+    if device in (devices.NONE, devices.CPU):
         sys.exit("there is no accelerator on this machine; --device simulated counts transfers and waits")
     accelerator = devices.of(device)
     real = device != devices.SIMULATED

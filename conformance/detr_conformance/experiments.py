@@ -59,9 +59,9 @@ def called(bound: Bound, case: Case, criterion: Any = None) -> Seen:
     return Seen(bound, case, observe(bound, case, criterion=criterion, inputs=criterion is not None))
 
 
-def valued(bound: Bound, case: Case) -> Seen:
+def valued(bound: Bound, case: Case, criterion: Any = None) -> Seen:
     """The same without gradients."""
-    return Seen(bound, case, observe(bound, case, grads=False))
+    return Seen(bound, case, observe(bound, case, grads=False, criterion=criterion))
 
 
 def from_recipes(recipes: Sequence[Recipe]) -> Callable[[Bound], Iterator[Case]]:
@@ -394,10 +394,10 @@ def _again(bound: Bound, case: Case) -> Seen:
     drawn = [name for name in before if before[name] != after[name]]
     twins = {
         EMPTIED: called(bound, some(EMPTIED, slice(0)), criterion),
-        **{name: called(bound, other, criterion) for name, other in others.items()},
+        **{name: valued(bound, other, criterion) for name, other in others.items()},
         AGAIN: called(bound, case, criterion),
         NEW: called(bound, case),
-        **{AFRESH[name]: called(bound, other) for name, other in others.items()},
+        **{AFRESH[name]: valued(bound, other) for name, other in others.items()},
     }
     _seed_everything(2)
     twins[OTHER_SEED] = valued(bound, case)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ def _wrapped(book: Textbook, act: Any) -> Textbook:
     return replace(book, losses=losses)
 
 
-def after_it(change: Callable[[Any, Any], None]) -> Callable[..., Any]:
+def _afterwards(change: Callable[[Any, Any], None]) -> Callable[..., Any]:
     """The losses, and then a change of the caller's outputs and targets."""
 
     def losses(before: Callable[..., Any], book: Textbook, outputs: Any, targets: Any, *rest: Any) -> Any:
@@ -65,23 +66,9 @@ def outputs_gain_a_key(book: Textbook) -> Textbook:
     return _wrapped(book, lambda outputs, targets: outputs.update(one_hot=torch.zeros(1)))
 
 
-@fault(
-    inputs_are_not_changed,
-    seen_in="IDEA-Research/detrex TwoStageCriterion zeroes the caller's labels",
-    fix="clone the labels before changing them",
-)
-def labels_are_zeroed_in_place(book: Textbook) -> Textbook:
-    """The caller's labels are changed by the call."""
-
-    def act(outputs: Any, targets: Any) -> Any:
-        def zero(result: Any) -> Any:
-            for target in targets:
-                target["labels"].zero_()
-            return result
-
-        return zero
-
-    return _wrapped(book, act)
+def _zeroed(outputs: Any, targets: Any) -> None:
+    for target in targets:
+        target["labels"].zero_()
 
 
 def _sorted(descending: bool) -> Callable[[Any, Any], None]:
@@ -100,16 +87,21 @@ def _clamped(key: str, low: float, high: float) -> Callable[[Any, Any], None]:
     return change
 
 
-for name, sentence, change in (
-    ("targets-sorted-in-place", "The caller's targets are sorted by label.", _sorted(False)),
+for name, sentence, change, seen_in in (
+    ("labels-are-zeroed-in-place", "The caller's labels are changed by the call.", _zeroed,
+     "IDEA-Research/detrex TwoStageCriterion zeroes the caller's labels"),
+    ("targets-sorted-in-place", "The caller's targets are sorted by label.", _sorted(False), "plausible"),
     ("targets-sorted-downwards-in-place", "The caller's targets are sorted by label, the last class first.",
-     _sorted(True)),
+     _sorted(True), "plausible"),
     ("boxes-clamped-in-place", "The caller's predicted boxes are clamped to 0.05 … 0.95.",
-     _clamped("pred_boxes", 0.05, 0.95)),
+     _clamped("pred_boxes", 0.05, 0.95), "plausible"),
     ("logits-clamped-in-place", "The caller's logits are clamped to ±50, infinite ones too.",
-     _clamped("pred_logits", -50, 50)),
+     _clamped("pred_logits", -50, 50), "plausible"),
 ):  # fmt: skip
-    known(inputs_are_not_changed, name, sentence, fix="work on a copy", around={"losses": after_it(change)})
+    known(
+        inputs_are_not_changed, name, sentence, fix="work on a copy", seen_in=seen_in,
+        around={"losses": _afterwards(change)},
+    )  # fmt: skip
 
 
 PURE_2 = clause(
@@ -143,40 +135,33 @@ def losses_smoothed_over_calls(book: Textbook) -> Textbook:
     return _wrapped(book, act)
 
 
-def _kept_by_criterion(formula: Callable[..., Any]) -> Callable[..., Any]:
-    """The formula, whose first result of each criterion stands in all its later calls."""
-    kept: dict[int, tuple[Any, Any]] = {}
-
-    def first(before: Callable[..., Any], book: Textbook, *args: Any) -> Any:
-        return kept.setdefault(id(book.o), (book.o, formula(before, *args)))[1]  # options live as long as their id
-
-    return first
+def _first(kept: dict[int, Any], book: Textbook, value: Any) -> Any:
+    """The value of a criterion's first call, in all its calls. A criterion has options of its own, which are kept too:
+    they live as long as what tells them apart."""
+    return kept.setdefault(id(book.o), (book.o, value))[1]
 
 
-known(
-    earlier_calls_do_not_matter, "number-of-boxes-of-the-first-call",
-    "The number of boxes is computed in a criterion's first call, and kept.",
-    fix="compute it in every call", around={"num_boxes": _kept_by_criterion(lambda before, *args: before(*args))},
-)  # fmt: skip
+def _first_number(kept: dict[int, Any], before: Callable[..., Any], book: Textbook, targets: Any) -> Any:
+    return _first(kept, book, before(targets))
 
 
-def _first_boxes() -> Callable[..., Any]:
-    kept: dict[int, tuple[Any, list[Any]]] = {}
-
-    def losses(before: Callable[..., Any], book: Textbook, outputs: Any, targets: Any, *rest: Any) -> Any:
-        first = kept.setdefault(id(book.o), (book.o, [t["boxes"] for t in targets]))[1]
-        if [b.shape for b in first] == [t["boxes"].shape for t in targets]:
-            targets = [{**t, "boxes": b} for t, b in zip(targets, first, strict=True)]
-        return before(outputs, targets, *rest)
-
-    return losses
+def _first_boxes(
+    kept: dict[int, Any], before: Callable[..., Any], book: Textbook, outputs: Any, targets: Any, given: Any
+) -> Any:
+    boxes = _first(kept, book, [t["boxes"] for t in targets])
+    if [b.shape for b in boxes] == [t["boxes"].shape for t in targets]:
+        targets = [{**t, "boxes": b} for t, b in zip(targets, boxes, strict=True)]
+    return before(outputs, targets, given)
 
 
-known(
-    earlier_calls_do_not_matter, "target-boxes-of-the-first-call",
-    "The target boxes of a criterion's first call are kept for later ones of the same shape.",
-    fix="keep nothing on self", around={"losses": _first_boxes()},
-)  # fmt: skip
+for name, sentence, around in (
+    ("number-of-boxes-of-the-first-call", "The number of boxes is computed in a criterion's first call, and kept.",
+     {"num_boxes": partial(_first_number, {})}),
+    ("target-boxes-of-the-first-call",
+     "The target boxes of a criterion's first call are kept for later ones of the same shape.",
+     {"losses": partial(_first_boxes, {})}),
+):  # fmt: skip
+    known(earlier_calls_do_not_matter, name, sentence, fix="keep nothing on self", around=around)
 
 
 PURE_3 = clause("PURE-3", "must", EVERY, "The global random state is neither read nor moved.")
