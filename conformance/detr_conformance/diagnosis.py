@@ -49,7 +49,7 @@ class Diagnoser:
             return None if few else self._by_numbers(check, tally.cases[:SEPARATE], spent)
         failing = sorted((self.bench.probe(s) for s in tally.seen if not s.raised), key=_size)
         if check.component in BEHAVIOUR:
-            behaves = self._by_behaviour(check, [s for s in tally.seen if not s.raised], spent)
+            behaves = self._by_behaviour(check, [p.seen for p in failing], spent)
             if behaves:
                 return _diagnosis([(f,) for f in behaves], SEPARATE)
         about = tally.failing[1].what if tally.failing else ""
@@ -100,14 +100,16 @@ class Diagnoser:
         if len(seen) < SEPARATE or not all(any(not c.ok for c in judged(check, s)) for s in seen):
             return []
         theirs = [_behaviour(s, profile, check) for s in seen]
-        fitting = []
-        for fault in faults(profile):
-            if fault.check.on is check.on:
-                if spent():
-                    return []
-                wrong = self.bench.bound_to(fault.apply(composed(RIGHT)))
-                ours = (_behaviour(check.on.observe(wrong, s.case), profile, check) for s in seen)
-                fitting += [fault] if all(t == o for t, o in zip(theirs, ours, strict=True)) else []
+        fitting: list[Fault] = []
+        known = (f for f in faults(profile) if f.check.on is check.on)
+        for fault in sorted(known, key=lambda f: (f.check is not check, f.check.component != check.component)):
+            if spent():
+                if fault.check is check:
+                    return []  # not all of those were tried that could be mistaken for each other
+                break
+            wrong = self.bench.bound_to(fault.apply(composed(RIGHT)))
+            ours = (_behaviour(check.on.observe(wrong, s.case), profile, check) for s in seen)
+            fitting += [fault] if all(t == o for t, o in zip(theirs, ours, strict=True)) else []
         return fitting if len(fitting) <= 2 else []
 
 

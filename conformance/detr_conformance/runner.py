@@ -261,8 +261,9 @@ class Judge:
         small, found = case, comparison
         if not check.on.once:
             attempts = shrink.FEW if check.on.numbers else shrink.ATTEMPTS  # those take more than one call each
-            small = shrink.smallest(case, lambda c: broken(c) is not None, "num_classes" in self.bound.varies, attempts)
-            found = broken(small) or comparison
+            least = shrink.smallest(case, lambda c: broken(c) is not None, "num_classes" in self.bound.varies, attempts)
+            if again := broken(least):  # a candidate that draws numbers may fail there no more
+                small, found = least, again
         return evidence.of(check, self.bound, case.label, small, found)
 
 
