@@ -20,6 +20,7 @@ from detr_conformance.cases import Case
 from detr_conformance.experiments import BATCH, CONFIGURED, DUELS, EDGES, Experiment
 from detr_conformance.findings import Diagnosis
 from detr_conformance.footprints import HERE, MATCHED, OWN, Atom, Atoms, Probe, composed, equal
+from detr_conformance.observation import observe
 from detr_conformance.registry import Check, Fault, checks, faults
 from detr_conformance.search import MATCHING, SEPARATE, Search
 from detr_conformance.seen import Seen
@@ -100,6 +101,7 @@ class Diagnoser:
         if len(seen) < SEPARATE or not all(any(not c.ok for c in judged(check, s)) for s in seen):
             return []
         theirs = [_behaviour(s, profile, check) for s in seen]
+        changed = _kind(seen[0].got.changed) if seen[0].got.changed else ()
         fitting: list[Fault] = []
         known = (f for f in faults(profile) if f.check.on is check.on)
         for fault in sorted(known, key=lambda f: (f.check is not check, f.check.component != check.component)):
@@ -108,6 +110,8 @@ class Diagnoser:
                     return []  # not all of those were tried that could be mistaken for each other
                 break
             wrong = self.bench.bound_to(fault.apply(composed(RIGHT)))
+            if changed and _kind(observe(wrong, seen[0].case, grads=False, inputs=True).changed) != changed:
+                continue  # which one call tells
             ours = (_behaviour(check.on.observe(wrong, s.case), profile, check) for s in seen)
             fitting += [fault] if all(t == o for t, o in zip(theirs, ours, strict=True)) else []
         return fitting if len(fitting) <= 2 else []

@@ -58,7 +58,27 @@ def _keys_in_aux(outputs: Any, targets: Any) -> None:
         layer["layer"] = torch.zeros(1)
 
 
+def _sorted(descending: bool) -> Act:
+    def act(target: Any) -> None:
+        order = target["labels"].argsort(descending=descending, stable=True)
+        target.update({k: v[order] for k, v in target.items() if k != "positive_map"})
+
+    return _each_target(act)
+
+
+def _normalised(target: Any) -> None:
+    if "token_labels" in target:
+        target["token_labels"].div_(target["token_labels"].sum(-1, keepdim=True).clamp(min=1))
+
+
 for name, sentence, act in (
+    ("targets-sorted-in-place", "The caller's targets are sorted by label.", _sorted(False)),
+    ("targets-sorted-downwards-in-place", "The caller's targets are sorted by label, the last class first.",
+     _sorted(True)),
+    ("boxes-clamped-in-place", "The caller's predicted boxes are clamped to 0.05 … 0.95.",
+     lambda outputs, targets: outputs["pred_boxes"].data.clamp_(0.05, 0.95)),
+    ("logits-clamped-in-place", "The caller's logits are clamped to ±50, infinite ones too.",
+     lambda outputs, targets: outputs["pred_logits"].data.clamp_(-50, 50)),
     ("targets-gain-a-key", "The criterion stores something in the caller's targets.",
      _each_target(lambda t: t.update(area=torch.zeros(1)))),
     ("target-boxes-changed-in-place", "The caller's target boxes are changed by the call, as by a conversion in place.",
@@ -72,6 +92,16 @@ for name, sentence, act in (
      lambda outputs, targets: outputs["pred_logits"].data.clamp_(-0.5, 0.5)),
 ):  # fmt: skip
     known(inputs_are_not_changed, name, sentence, fix="work on a copy", around=_afterwards(act))
+
+known(
+    inputs_are_not_changed, "labels-are-zeroed-in-place", "The caller's labels are changed by the call.",
+    seen_in="IDEA-Research/detrex TwoStageCriterion zeroes the caller's labels",
+    fix="clone the labels before changing them", around=_afterwards(_each_target(lambda t: t["labels"].zero_())),
+)  # fmt: skip
+known(
+    inputs_are_not_changed, "token-labels-normalised-in-place", "The caller's token labels are normalised in place.",
+    profiles=frozenset({"grounding-dino"}), fix="work on a copy", around=_afterwards(_each_target(_normalised)),
+)  # fmt: skip
 
 
 def _scaled(factor: Callable[[], float]) -> dict[str, Callable[..., Any]]:

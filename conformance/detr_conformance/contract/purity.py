@@ -28,17 +28,6 @@ def _wrapped(book: Textbook, act: Any) -> Textbook:
     return replace(book, losses=losses)
 
 
-def _afterwards(change: Callable[[Any, Any], None]) -> Callable[..., Any]:
-    """The losses, and then a change of the caller's outputs and targets."""
-
-    def losses(before: Callable[..., Any], book: Textbook, outputs: Any, targets: Any, *rest: Any) -> Any:
-        result = before(outputs, targets, *rest)
-        change(outputs, targets)
-        return result
-
-    return losses
-
-
 def _alike(call: Seen, other: Seen, name: str, like: str) -> Iterator[Comparison]:
     """Every loss of the other call is bitwise that of ``call``."""
     for key, want in call.got.losses.items():
@@ -66,44 +55,6 @@ def outputs_gain_a_key(book: Textbook) -> Textbook:
     return _wrapped(book, lambda outputs, targets: outputs.update(one_hot=torch.zeros(1)))
 
 
-def _zeroed(outputs: Any, targets: Any) -> None:
-    for target in targets:
-        target["labels"].zero_()
-
-
-def _sorted(descending: bool) -> Callable[[Any, Any], None]:
-    def change(outputs: Any, targets: Any) -> None:
-        for target in targets:
-            order = target["labels"].argsort(descending=descending, stable=True)
-            target.update({k: v[order] for k, v in target.items() if k != "positive_map"})
-
-    return change
-
-
-def _clamped(key: str, low: float, high: float) -> Callable[[Any, Any], None]:
-    def change(outputs: Any, targets: Any) -> None:
-        outputs[key].data.clamp_(low, high)
-
-    return change
-
-
-for name, sentence, change, seen_in in (
-    ("labels-are-zeroed-in-place", "The caller's labels are changed by the call.", _zeroed,
-     "IDEA-Research/detrex TwoStageCriterion zeroes the caller's labels"),
-    ("targets-sorted-in-place", "The caller's targets are sorted by label.", _sorted(False), "plausible"),
-    ("targets-sorted-downwards-in-place", "The caller's targets are sorted by label, the last class first.",
-     _sorted(True), "plausible"),
-    ("boxes-clamped-in-place", "The caller's predicted boxes are clamped to 0.05 … 0.95.",
-     _clamped("pred_boxes", 0.05, 0.95), "plausible"),
-    ("logits-clamped-in-place", "The caller's logits are clamped to ±50, infinite ones too.",
-     _clamped("pred_logits", -50, 50), "plausible"),
-):  # fmt: skip
-    known(
-        inputs_are_not_changed, name, sentence, fix="work on a copy", seen_in=seen_in,
-        around={"losses": _afterwards(change)},
-    )  # fmt: skip
-
-
 PURE_2 = clause(
     "PURE-2", "must", EVERY, "The same call twice gives bitwise the same result; earlier calls do not matter."
 )
@@ -119,26 +70,20 @@ def earlier_calls_do_not_matter(seen: Seen) -> Iterator[Comparison]:
         )
 
 
-@fault(earlier_calls_do_not_matter, seen_in="D-FINE caches its targets between calls", fix="keep nothing on self")
-def losses_smoothed_over_calls(book: Textbook) -> Textbook:
-    """Something is kept from call to call, and moves the losses of the next."""
-    last: dict[str, float] = {}
-
-    def act(outputs: Any, targets: Any) -> Any:
-        def smooth(result: Any) -> Any:
-            found = {k: 0.9 * v + 0.1 * last.get(k, float(v.detach())) for k, v in result.losses.items()}
-            last.update({k: float(v.detach()) for k, v in result.losses.items()})
-            return replace(result, losses=found)
-
-        return smooth
-
-    return _wrapped(book, act)
-
-
 def _first(kept: dict[int, Any], book: Textbook, value: Any) -> Any:
     """The value of a criterion's first call, in all its calls. A criterion has options of its own, which are kept too:
     they live as long as what tells them apart."""
     return kept.setdefault(id(book.o), (book.o, value))[1]
+
+
+def _carried(
+    mixed: Callable[[Any, Any], Any], kept: dict[int, Any], before: Callable[..., Any], book: Textbook, *args: Any
+) -> Any:
+    """Losses mixed with those of the criterion's last call."""
+    result, last = before(*args), _first(kept, book, {})
+    losses = {k: mixed(v, last[k]) if k in last else v for k, v in result.losses.items()}
+    last.update({k: v.detach() for k, v in losses.items()})
+    return replace(result, losses=losses)
 
 
 def _first_number(kept: dict[int, Any], before: Callable[..., Any], book: Textbook, targets: Any) -> Any:
@@ -154,14 +99,19 @@ def _first_boxes(
     return before(outputs, targets, given)
 
 
-for name, sentence, around in (
+for name, sentence, seen_in, around in (
+    ("losses-smoothed-over-calls", "Something is kept from call to call, and moves the losses of the next.",
+     "D-FINE caches its targets between calls",
+     {"losses": partial(_carried, lambda loss, last: 0.9 * loss + 0.1 * last, {})}),
+    ("losses-add-up-over-calls", "The losses of a call are added to those of the calls before it.", "plausible",
+     {"losses": partial(_carried, lambda loss, last: loss + last, {})}),
     ("number-of-boxes-of-the-first-call", "The number of boxes is computed in a criterion's first call, and kept.",
-     {"num_boxes": partial(_first_number, {})}),
+     "plausible", {"num_boxes": partial(_first_number, {})}),
     ("target-boxes-of-the-first-call",
      "The target boxes of a criterion's first call are kept for later ones of the same shape.",
-     {"losses": partial(_first_boxes, {})}),
+     "plausible", {"losses": partial(_first_boxes, {})}),
 ):  # fmt: skip
-    known(earlier_calls_do_not_matter, name, sentence, fix="keep nothing on self", around=around)
+    known(earlier_calls_do_not_matter, name, sentence, fix="keep nothing on self", seen_in=seen_in, around=around)
 
 
 PURE_3 = clause("PURE-3", "must", EVERY, "The global random state is neither read nor moved.")
