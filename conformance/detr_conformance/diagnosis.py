@@ -56,9 +56,10 @@ class Diagnoser:
         about = tally.failing[1].what if tally.failing else ""
         at = {view: Search(self.bench, check, view, failing, spent, about) for view in (HERE, MATCHED, OWN)}
         if check.component in MATCHING:
-            searches = [at[MATCHED].singles, at[HERE].singles, at[OWN].singles, at[MATCHED].pairs, at[HERE].pairs]
+            searches = [at[MATCHED].singles, at[HERE].singles, at[OWN].singles, at[HERE].numbers]
+            searches += [at[MATCHED].pairs, at[HERE].pairs]
         elif at[HERE].differs:  # some loss is wrong whatever is matched
-            searches = [at[HERE].singles, at[OWN].singles, at[HERE].pairs]
+            searches = [at[HERE].singles, at[OWN].singles, at[HERE].numbers, at[HERE].pairs]
         else:
             searches = [at[MATCHED].singles, at[OWN].singles]
         found = next((found for search in searches if (found := search())), [])

@@ -90,7 +90,8 @@ class Fault:
 
     ``id`` is never reused; ``sentence`` says what is computed instead; ``check`` must catch it; ``seen_in`` names a
     project and file or issue, or is "plausible"; ``fix`` is one line; ``survives``: why the check cannot catch it, by
-    profile.
+    profile. ``at``: of a fault that differs from others by a number alone, the fault with that number, which is between
+    the two of ``span``.
     """
 
     id: str
@@ -101,6 +102,8 @@ class Fault:
     seen_in: str
     fix: str
     survives: Mapping[str, str] = field(default_factory=dict)
+    at: Callable[[float], Fault] | None = None
+    span: tuple[float, float] = (0.0, 0.0)
 
 
 _clauses: dict[str, Clause] = {}
@@ -176,14 +179,43 @@ def known(
     ``formulas``: by name, called as ``formula(book, …)`` · ``around``: by name, called as ``formula(before, book, …)``
     with the formula as it was, so that two such faults can be in one book.
     """
+    bound = check.profiles if profiles is None else profiles & check.profiles
+    return _add(_faults, id, Fault(id, sentence, check, bound, _replacing(around or {}, formulas), seen_in, fix))
 
+
+def varied(
+    check: Check,
+    id: str,
+    sentence: str,
+    *,
+    usual: float,
+    span: tuple[float, float],
+    around: Callable[[float], Mapping[str, Callable[..., Any]]],
+    fix: str,
+    seen_in: str = "plausible",
+    profiles: frozenset[str] | None = None,
+) -> Fault:
+    """Declare faults that differ by a number alone, as one whose number a diagnosis finds.
+
+    ``sentence``: with ``{0:g}`` where the number is · ``usual``: the number in the catalogue · ``span``: the least and
+    the greatest · ``around``: from the number, as of ``known``.
+    """
+    bound = check.profiles if profiles is None else profiles & check.profiles
+
+    def at(value: float) -> Fault:
+        apply = _replacing(around(value), {})
+        return Fault(id, sentence.format(value), check, bound, apply, seen_in, fix, at=at, span=span)
+
+    return _add(_faults, id, at(usual))
+
+
+def _replacing(around: Mapping[str, Callable[..., Any]], formulas: Mapping[str, Any]) -> Callable[[Textbook], Textbook]:
     def apply(book: Textbook) -> Textbook:
-        wrapped = {name: _around(getattr(book, name).__func__, change) for name, change in (around or {}).items()}
+        wrapped = {name: _around(getattr(book, name).__func__, change) for name, change in around.items()}
         every: dict[str, Any] = {**formulas, **wrapped}
         return replace(book, **every)
 
-    bound = check.profiles if profiles is None else profiles & check.profiles
-    return _add(_faults, id, Fault(id, sentence, check, bound, apply, seen_in, fix))
+    return apply
 
 
 def _around(formula: Callable[..., Any], change: Callable[..., Any]) -> Callable[..., Any]:

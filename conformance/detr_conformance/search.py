@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Final
+
+from scipy.optimize import brentq
+from torch import Tensor
 
 from detr_conformance.bench import RIGHT, Bench, Suspects
 from detr_conformance.experiments import BATCH, CONFIGURED, DUELS
@@ -28,6 +32,7 @@ from detr_reference.textbook import TERMS
 
 SEPARATE: Final = 3  # inputs that must tell a fault from the right textbook
 
+STEPS: Final = 4  # between which a number is sought
 MATCHING: Final = frozenset({"matching", "matching costs"})
 SLOPES: Final = frozenset({"gradients", "learning"})
 COSTS_ALONE: Final = frozenset(
@@ -203,6 +208,61 @@ class Search:
         search = Search(self.bench, self.check, other, self.failing, self.spent, self.about)
         return [search._difference(p, (fault,), slopes=False) for p in search.probes]
 
+    # --- a fault that has a number of its own ---
+
+    def numbers(self) -> list[Suspects]:
+        """The one or two faults that fit with a number which the first input tells."""
+        fitting: list[Suspects] = []
+        atom = self._number_wrong
+        for fault in self.known if atom else ():
+            if self.spent():
+                return []
+            value = self._solved(fault, atom) if fault.at else None
+            if value is None:
+                continue
+            for digits in range(1, 8):  # as few as a person would write
+                suspect = (fault.at(float(f"{value:.{digits}g}")),)  # type: ignore[misc]
+                found = self._difference(self.failing[0], suspect, slopes=atom[0] == "grad")
+                if found.agrees and atom in found.own:
+                    fits = self.fits(suspect) and self.bench.breaks(suspect, self.check, self.failing[0].seen.case)
+                    fitting += [suspect] if fits else []
+                    break
+        return fitting if len(fitting) <= 2 else []
+
+    @cached_property
+    def _number_wrong(self) -> Atom:
+        """The wrong number of the first input from which to tell another, or ()."""
+        if self.view == MATCHED or not self.differs:
+            return ()
+        theirs = self._theirs(self.failing[0])
+        told = sorted(
+            a for a in self.wrong if a[0] in ("loss", "weight", "grad") and _size_of(theirs.get(a)) is not None
+        )
+        return told[0] if told else ()
+
+    def _solved(self, fault: Fault, atom: Atom) -> float | None:
+        """The number with which a fault gives the candidate's, to be sought between those that give more and less."""
+        probe = self.failing[0]
+        goal = _size_of(self._theirs(probe).get(atom))
+        of = self._gradients if atom[0] == "grad" else self._of
+
+        def excess(log: float) -> float:
+            assert fault.at
+            assert goal
+            found = _size_of(of(probe, (fault.at(math.exp(log)),)).get(atom))
+            return math.nan if found is None else found - goal
+
+        ends = [math.log(end) for end in fault.span]
+        values = [excess(x) for x in ends]
+        if values[0] == values[1]:
+            return None  # the number does not show here
+        between = [ends[0] + (ends[1] - ends[0]) * i / STEPS for i in range(1, STEPS)]
+        grid, values = [ends[0], *between, ends[1]], [values[0], *map(excess, between), values[1]]
+        for i in range(STEPS):
+            if values[i] * values[i + 1] < 0:  # not so where one is no number
+                return math.exp(float(brentq(excess, grid[i], grid[i + 1], xtol=1e-8, maxiter=60, disp=False)))
+        return next((math.exp(x) for x, value in zip(grid, values, strict=True) if value == 0), None)
+
     # --- two faults together ---
 
     def pairs(self) -> list[Suspects]:
@@ -319,10 +379,10 @@ class Search:
         return ANY_TERM - wrong or ANY_TERM
 
     def _of(self, probe: Probe, suspects: Suspects) -> Atoms:
-        return probe.named(tuple(f.id for f in suspects), self.bench.book(suspects), self.view)
+        return probe.named(suspects, self.bench.book(suspects), self.view)
 
     def _gradients(self, probe: Probe, suspects: Suspects) -> Atoms:
-        return probe.gradients(tuple(f.id for f in suspects), self.bench.book(suspects), self.view)
+        return probe.gradients(suspects, self.bench.book(suspects), self.view)
 
     def _theirs(self, probe: Probe) -> Atoms:
         return probe.theirs(self.view)
@@ -333,6 +393,12 @@ def _together(atom: Atom, one: Atoms, two: Atoms, right: Atoms, theirs: Atoms) -
     a, b, r, t = (float(n) if isinstance(n := x.get(atom), (int, float)) else 0.0 for x in (one, two, right, theirs))
     near = 1e-3 * abs(t) + 1e-9
     return abs(a + b - r - t) <= near or (r != 0 and abs(a * b / r - t) <= near)
+
+
+def _size_of(value: object) -> float | None:
+    """One number of a loss, a weight or a gradient; None where there is none."""
+    size = float(value.abs().sum()) if isinstance(value, Tensor) else value
+    return size if isinstance(size, float) and math.isfinite(size) else None
 
 
 def _term(atom: Atom) -> str:

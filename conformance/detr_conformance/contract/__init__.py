@@ -38,6 +38,7 @@ CHAPTERS: Final = (
     "known_layers",
     "known_keys",
     "known_effects",
+    "known_numbers",
 )
 
 
