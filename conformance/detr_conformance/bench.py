@@ -43,6 +43,7 @@ CROWDED: Final = (
     Recipe(714, (0,), 3),
     Recipe(715, (0, 0), 2, aux=1, encoder_queries=3),
 )
+WIDE: Final = tuple(Recipe(721 + i, (2, 1), 3 + i, classes=4, logits="extreme") for i in range(3))
 
 
 @dataclass(eq=False)
@@ -77,6 +78,11 @@ class Bench:
     def edges(self) -> list[Probe]:
         """Inputs without targets or with too many, where variants of one mistake may differ."""
         return [*self.of(EDGES, KEPT), *self._made(CROWDED)]
+
+    @cached_property
+    def wide(self) -> list[Probe]:
+        """Inputs of large logits, where bounds and epsilons show."""
+        return self._made(WIDE)
 
     def _made(self, recipes: Sequence[Recipe]) -> list[Probe]:
         o, varies = self.bound.options, self.bound.varies

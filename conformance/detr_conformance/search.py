@@ -32,6 +32,7 @@ from detr_reference.textbook import TERMS
 
 SEPARATE: Final = 3  # inputs that must tell a fault from the right textbook
 
+MANY: Final = 99  # more inputs than an experiment keeps
 STEPS: Final = 4  # between which a number is sought
 MATCHING: Final = frozenset({"matching", "matching costs"})
 SLOPES: Final = frozenset({"gradients", "learning"})
@@ -88,6 +89,13 @@ class Search:
     def further(self) -> list[Probe]:
         """Inputs that are observed only where these tell too little."""
         return self.bench.duels if self.view == MATCHED else self.bench.further
+
+    @cached_property
+    def _more(self) -> list[Probe]:
+        """All others, for a fault that shows on too few."""
+        bench = self.bench
+        every = [*bench.of(self.check.on, MANY), *self.further, *bench.edges, *bench.wide]
+        return [p for p in dict.fromkeys(every) if p not in self.probes]
 
     @property
     def differs(self) -> bool:
@@ -179,7 +187,7 @@ class Search:
             footprint |= found.own
             shown |= {(i, a) for a in found.own}
             separate += bool(found.own)
-        for probe in [*self.further, *self.bench.edges] if separate < SEPARATE and footprint else ():
+        for probe in self._more if separate < SEPARATE and footprint else ():
             found = self._difference(probe, suspects, slopes=False)
             if not found.agrees:
                 return NOTHING
@@ -235,21 +243,19 @@ class Search:
         if self.view == MATCHED or not self.differs:
             return ()
         theirs = self._theirs(self.failing[0])
-        told = sorted(
-            a for a in self.wrong if a[0] in ("loss", "weight", "grad") and _size_of(theirs.get(a)) is not None
-        )
+        told = [a for a in self.wrong if a[0] in ("loss", "weight", "grad") and not is_log(a)]
+        told = sorted(a for a in told if _size_of(theirs.get(a)))
         return told[0] if told else ()
 
     def _solved(self, fault: Fault, atom: Atom) -> float | None:
         """The number with which a fault gives the candidate's, to be sought between those that give more and less."""
         probe = self.failing[0]
-        goal = _size_of(self._theirs(probe).get(atom))
-        of = self._gradients if atom[0] == "grad" else self._of
+        goal = _size_of(self._theirs(probe).get(atom)) or 0.0
+        at, of = fault.at, self._gradients if atom[0] == "grad" else self._of
+        assert at
 
         def excess(log: float) -> float:
-            assert fault.at
-            assert goal
-            found = _size_of(of(probe, (fault.at(math.exp(log)),)).get(atom))
+            found = _size_of(of(probe, (at(math.exp(log)),)).get(atom))
             return math.nan if found is None else found - goal
 
         ends = [math.log(end) for end in fault.span]
