@@ -112,7 +112,8 @@ def _keys(bound: Bound) -> list[str]:
 
 
 def _beside(bound: Bound, case: Case) -> Seen:
-    """The case, and its plain part again without denoising queries or with other ones."""
+    """The case, and whether its inputs are as before; and its plain part again without denoising queries or with other
+    ones."""
     plain = {k: v for k, v in case.outputs.items() if k != "dn_meta"}
     bare = {k: v for k, v in case.outputs["dn_meta"].items() if k != "output_known_lbs_bboxes"}
 
@@ -124,7 +125,8 @@ def _beside(bound: Bound, case: Case) -> Seen:
         BARE: replace(case, outputs={**plain, "dn_meta": bare}),
         MOVED: case.with_predictions(other),
     }
-    return replace(called(bound, case), twins={name: valued(bound, twin) for name, twin in twins.items()})
+    seen = Seen(bound, case, observe(bound, case, inputs=True))
+    return replace(seen, twins={name: valued(bound, twin) for name, twin in twins.items()})
 
 
 DENOISING = Experiment(

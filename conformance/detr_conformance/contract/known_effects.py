@@ -11,6 +11,7 @@ import torch
 from detr_conformance.contract.callers import training_and_evaluation_give_the_same_losses
 from detr_conformance.contract.purity import (
     inputs_are_not_changed,
+    inputs_with_denoising_queries_are_not_changed,
     the_random_state_is_left_alone,
 )
 from detr_conformance.registry import known
@@ -102,6 +103,29 @@ known(
     inputs_are_not_changed, "token-labels-normalised-in-place", "The caller's token labels are normalised in place.",
     profiles=frozenset({"grounding-dino"}), fix="work on a copy", around=_afterwards(_each_target(_normalised)),
 )  # fmt: skip
+
+
+def _in_dn_meta(act: Callable[[Any], Any]) -> Act:
+    def change(outputs: Any, targets: Any) -> None:
+        if "output_known_lbs_bboxes" in outputs.get("dn_meta", {}):
+            act(outputs["dn_meta"])
+
+    return change
+
+
+for name, sentence, act in (
+    ("dn-meta-taken-away", "dn_meta is taken out of the caller's dict.",
+     lambda outputs, targets: outputs.pop("dn_meta", None)),
+    ("denoising-predictions-taken-away", "The denoising predictions are taken out of the caller's dn_meta.",
+     _in_dn_meta(lambda meta: meta.pop("output_known_lbs_bboxes"))),
+    ("dn-meta-gains-a-key", "The criterion stores something in the caller's dn_meta.",
+     _in_dn_meta(lambda meta: meta.update(single_pad=meta["pad_size"] // meta["num_dn_group"]))),
+    ("denoising-boxes-changed-in-place", "The caller's denoising boxes are converted to corners in place.",
+     _in_dn_meta(lambda meta: _corners({"boxes": meta["output_known_lbs_bboxes"]["pred_boxes"].data.flatten(0, 1)}))),
+):  # fmt: skip
+    known(
+        inputs_with_denoising_queries_are_not_changed, name, sentence, fix="work on a copy", around=_afterwards(act)
+    )  # fmt: skip
 
 
 def _scaled(factor: Callable[[], float]) -> dict[str, Callable[..., Any]]:

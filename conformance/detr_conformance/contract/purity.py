@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from detr_conformance.contract.compare import holds
+from detr_conformance.denoised import BESIDE_DENOISING, DINO
 from detr_conformance.experiments import AFRESH, AGAIN, EMPTIED, NEW, OTHER_SEED, OTHERS, REPEATED
 from detr_conformance.registry import EVERY, Comparison, check, clause, fault, known
 from detr_conformance.seen import Seen
@@ -42,7 +43,16 @@ PURE_1 = clause("PURE-1", "must", EVERY, "Outputs and targets are not changed: n
 @check(PURE_1, on=REPEATED, component="side effects")
 def inputs_are_not_changed(seen: Seen) -> Iterator[Comparison]:
     for name, call in (("the call", seen), (f"the call {EMPTIED}", seen.twins[EMPTIED])):
-        yield holds(not call.got.changed, f"inputs after {name}", "as before", call.got.changed or "as before")
+        yield _as_before(call, name)
+
+
+@check(PURE_1, on=BESIDE_DENOISING, component="side effects", profiles=DINO)
+def inputs_with_denoising_queries_are_not_changed(seen: Seen) -> Iterator[Comparison]:
+    yield _as_before(seen, "the call")
+
+
+def _as_before(call: Seen, name: str) -> Comparison:
+    return holds(not call.got.changed, f"inputs after {name}", "as before", call.got.changed or "as before")
 
 
 @fault(
