@@ -42,7 +42,7 @@ _OTHER_COEFS: Final = (
 )
 
 
-DUELS: Final = ("class", "bbox", "giou", "all", "other weights", "other loss weights", "other focal")
+DUELS: Final = ("class", "bbox", "giou", "all", "other weights", "other loss weights", "other focal", "only class")
 
 
 def duel_case(seed: int, kind: str, options: Options, varies: frozenset[str]) -> Case:
@@ -50,12 +50,14 @@ def duel_case(seed: int, kind: str, options: Options, varies: frozenset[str]) ->
 
     ``kind``: ``class``, ``bbox`` or ``giou`` switches the other two costs off (or, where the candidate does not let
     the weights vary, gives both queries what makes the others equal), with two targets, since a single one cannot tell
-    a cost from its logarithm; ``all`` weighs the three as configured; ``other weights`` draws the three weights;
-    ``other loss weights`` and ``other focal`` leave the matching weights and change the loss weights, or α and γ. The
-    gap lies between 2e-3 and 2e-2, a thousand times the rounding of float32 and less than what a wrong cost moves.
+    a cost from its logarithm; ``only class`` is ``class`` with a single class, and one target, since two of it would
+    cost the same; ``all`` weighs the three as configured; ``other weights`` draws the three weights; ``other loss
+    weights`` and ``other focal`` leave the matching weights and change the loss weights, or α and γ. The gap lies
+    between 2e-3 and 2e-2, a thousand times the rounding of float32 and less than what a wrong cost moves.
     """
     rng = np.random.default_rng(seed)
-    weights = {"class": (1.0, 0.0, 0.0), "bbox": (0.0, 1.0, 0.0), "giou": (0.0, 0.0, 1.0)}.get(kind)
+    alone = {"class": (1.0, 0.0, 0.0), "bbox": (0.0, 1.0, 0.0), "giou": (0.0, 0.0, 1.0)}
+    weights = alone.get(kind.removeprefix("only "))
     if kind == "other weights":
         first, second, third = (float(w) for w in rng.choice([0.5, 1.0, 3.0, 6.0], 3))
         weights = (first, second, third)
@@ -70,7 +72,7 @@ def duel_case(seed: int, kind: str, options: Options, varies: frozenset[str]) ->
         focal = {"focal_alpha": (0.6, 0.1, 0.9)[seed % 3], "focal_gamma": (2.0, 1.0, 3.0)[(seed + seed // 3) % 3]}
         o = o.with_(**{k: v for k, v in focal.items() if k in varies})
     if "num_classes" in varies:
-        o = o.with_(num_classes=3)
+        o = o.with_(num_classes=1 if kind == "only class" else 3)
     tokens = 7
     text = o.class_loss == "token"
     book = textbook.under(o)
@@ -86,7 +88,7 @@ def duel_case(seed: int, kind: str, options: Options, varies: frozenset[str]) ->
         wanted = target["boxes"].double().numpy()
         close = (wanted[rng.integers(0, count, many)] * np.exp(rng.normal(0, 0.3, (many, 4)))).clip(0.02, 0.98)
         y = np.where(rng.random((many, 1)) < 0.7, close, plain_boxes(rng, many))
-        if kind == "class":
+        if kind in ("class", "only class"):
             y[:] = y[0]
         elif kind in ("bbox", "giou") and not free:
             x[:] = x[0]

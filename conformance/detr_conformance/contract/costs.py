@@ -35,7 +35,7 @@ COST_2 = clause(
 
 @check(COST_2, on=DUELS, component="matching costs", after=AFTER)
 def the_class_cost_is_minus_the_softmax(seen: Seen) -> Iterator[Comparison]:
-    yield from _duel(seen, "class")
+    yield from _duel(seen, "class", "only class")
 
 
 @fault(the_class_cost_is_minus_the_softmax, fix="take the probability, not its logarithm")
@@ -61,7 +61,7 @@ COST_3 = clause(
 
 @check(COST_3, on=DUELS, component="matching costs", after=AFTER)
 def the_class_cost_is_the_focal_difference(seen: Seen) -> Iterator[Comparison]:
-    yield from _duel(seen, "class")
+    yield from _duel(seen, "class", "only class")
 
 
 @fault(the_class_cost_is_the_focal_difference, fix="subtract the cost of the negative")
@@ -96,7 +96,7 @@ COST_4 = clause(
 
 @check(COST_4, on=DUELS, component="matching costs", after=AFTER)
 def the_class_cost_is_the_mean_over_the_tokens_of_the_class(seen: Seen) -> Iterator[Comparison]:
-    yield from _duel(seen, "class")
+    yield from _duel(seen, "class", "only class")
 
 
 @fault(the_class_cost_is_the_mean_over_the_tokens_of_the_class, fix="average over all tokens of the class")

@@ -294,6 +294,24 @@ for check, suffix, profiles in (
         )  # fmt: skip
 
 
+def _if_several(before: Callable[..., Tensor], book: Textbook, x: Tensor, target: Target) -> Tensor:
+    """The class cost, and 0 where there is but one class."""
+    own, several = before(x, target), len(target.get("positive_map", range(book.o.num_classes))) > 1
+    return own if several else 0 * own
+
+
+for check, suffix, of in (
+    (the_class_cost_is_minus_the_softmax, "", "softmax_cost"),
+    (the_class_cost_is_the_focal_difference, "-of-the-focal-cost", "focal_cost"),
+    (the_class_cost_is_the_mean_over_the_tokens_of_the_class, "-of-the-prompt", "token_cost"),
+):
+    known(
+        check, "class-cost-left-out-with-one-class" + suffix,
+        "With a single class the class cost is left out, as if it were the same for every query.",
+        fix="queries differ in how sure they are of the one class too", around={of: _if_several},
+    )  # fmt: skip
+
+
 # --- tokens ---
 
 
