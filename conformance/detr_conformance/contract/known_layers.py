@@ -59,6 +59,8 @@ for name, sentence, change in (
      lambda x, o: _rest(x) + _aux(x)[:1]),
     ("last-auxiliary-layer-alone", "Only the last auxiliary layer is trained, as number 0.",
      lambda x, o: _rest(x) + _named(_aux(x)[-1:], [y.suffix for y in _aux(x)[:1]])),
+    ("at-most-five-auxiliary-layers", "Auxiliary layers are trained up to the fifth, as of a decoder of six layers.",
+     lambda x, o: _rest(x) + _aux(x)[:5]),
     ("auxiliary-layers-count-from-one", "Suffixes of auxiliary layers count from 1.",
      lambda x, o: _rest(x) + _named(_aux(x), [f"{o.aux_suffix}{i + 1}" for i in range(len(_aux(x)))])),
     ("auxiliary-losses-under-another-suffix", "Auxiliary losses are returned under names of another form.",
