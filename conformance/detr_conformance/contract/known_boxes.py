@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -119,6 +120,119 @@ for name, sentence, formulas in (
         **formulas,
     )  # fmt: skip
 
+
+# --- boxes never converted, as quotients are guarded elsewhere ---
+
+
+def _as_they_are(book: Textbook, boxes: Tensor) -> Tensor:
+    return boxes
+
+
+def _exchanged(*order: int) -> Callable[..., Tensor]:
+    """The corners of boxes whose coordinates are read in another order."""
+    return lambda book, boxes: book.corners(boxes[..., list(order)])
+
+
+def _positive(part: Tensor, whole: Tensor) -> Tensor:
+    return torch.where(whole > 0, part, 0) / torch.where(whole > 0, whole, 1)
+
+
+def _guarded(hull_clamped: bool, share: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
+    """A GIoU with quotients of its own, and the enclosing sides clamped at 0 or not."""
+
+    def combine(book: Textbook, a: Tensor, b: Tensor) -> Tensor:
+        common = book.intersection(a, b)
+        union, hull = book.union(a, b, common), book.enclosing(a, b)
+        if hull_clamped:
+            hull = _hull(a, b).clamp(min=0).prod(-1)
+        return share(common, union) - share(hull - union, hull)
+
+    return combine
+
+
+def _loss_of(giou: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return lambda book, pred, wanted, nb: (1 - giou(book, pred, wanted)).sum() / nb
+
+
+GUARDS = {
+    "guarded": ("the quotient by what is not positive being 0", _guarded(False, _positive)),
+    "guarded-and-hull-clamped": (
+        "the enclosing sides clamped at 0, and the quotient by what is not positive being 0", _guarded(True, _positive),
+    ),
+}  # fmt: skip
+MISREAD = {
+    "boxes": ("Boxes", {"pred": _as_they_are, "target": _as_they_are}),
+    "target": ("Target boxes", {"target": _as_they_are}),
+    "prediction": ("Predicted boxes", {"pred": _as_they_are}),
+}
+_CORNERS = "corners are cx ∓ w/2, cy ∓ h/2, of both boxes"
+
+for of, (whose, reading) in MISREAD.items():
+    for guard, (how, combine) in GUARDS.items():
+        known(
+            corners_are_half_a_side_from_the_centre, f"{of}-never-converted-{guard}",
+            f"{whose} are taken for corners already in the GIoU, {how}.", fix=_CORNERS,
+            giou=of_corners(combine, **reading),
+        )  # fmt: skip
+    known(
+        corners_are_half_a_side_from_the_centre, f"{of}-never-converted-hull-clamped",
+        f"{whose} are taken for corners already in the GIoU loss, the enclosing sides clamped at 0, where it may "
+        "become infinite.", fix=_CORNERS,
+        loss_giou=_loss_of(of_corners(_guarded(True, torch.div), **reading)),
+    )  # fmt: skip
+
+for of, whose in (("target", "Target boxes"), ("pred", "Predicted boxes")):
+    name = of.replace("pred", "prediction")
+    for id, sentence, order in (
+        ("sides-exchanged", "are read as (cx, cy, h, w)", (0, 1, 3, 2)),
+        ("centre-exchanged", "are read as (cy, cx, w, h)", (1, 0, 2, 3)),
+        ("axes-exchanged", "are read as (cy, cx, h, w)", (1, 0, 3, 2)),
+    ):
+        known(
+            corners_are_half_a_side_from_the_centre, f"{name}-{id}", f"{whose} {sentence} in the GIoU.", fix=_CORNERS,
+            giou=of_corners(_giou, **{of: _exchanged(*order)}),
+        )  # fmt: skip
+
+
+# --- boxes converted once too often, before everything else ---
+
+
+def _to_corners(boxes: Tensor) -> Tensor:
+    return torch.cat([boxes[..., :2] - boxes[..., 2:] / 2, boxes[..., :2] + boxes[..., 2:] / 2], -1)
+
+
+def _from_corners(boxes: Tensor) -> Tensor:
+    return torch.cat([(boxes[..., :2] + boxes[..., 2:]) / 2, boxes[..., 2:] - boxes[..., :2]], -1)
+
+
+def _taken(change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+    def taken(before: Callable[..., Any], book: Textbook, target: Any) -> Any:
+        own = before(target)
+        return {**own, "boxes": change(own["boxes"])}
+
+    return {"taken": taken}
+
+
+def _predicted(change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+    return {"layers": lambda before, book, outputs: [replace(x, boxes=change(x.boxes)) for x in before(outputs)]}
+
+
+for of, whose in (("target", "Target boxes"), ("prediction", "Predicted boxes")):
+    for id, sentence, change in (
+        ("sides-exchanged-everywhere", "are read as (cx, cy, h, w)", lambda x: x[..., [0, 1, 3, 2]]),
+        ("axes-exchanged-everywhere", "are read as (cy, cx, h, w)", lambda x: x[..., [1, 0, 3, 2]]),
+        ("left-as-corners-everywhere", "are converted to corners, and then read as (cx, cy, w, h)", _to_corners),
+        ("converted-from-corners-everywhere", "are taken for corners and converted to (cx, cy, w, h)", _from_corners),
+        ("read-from-the-top-left-everywhere", "are taken for (left, top, width, height) and converted",
+         lambda x: torch.cat([x[..., :2] + x[..., 2:] / 2, x[..., 2:]], -1)),
+        ("moved-to-the-top-left-everywhere", "are converted to (left, top, width, height)",
+         lambda x: torch.cat([x[..., :2] - x[..., 2:] / 2, x[..., 2:]], -1)),
+    ):  # fmt: skip
+        known(
+            corners_are_half_a_side_from_the_centre, f"{of}-{id}", f"{whose} {sentence}, in cost and losses.",
+            fix="leave boxes as (cx, cy, w, h), and convert them for the GIoU alone",
+            around=_taken(change) if of == "target" else _predicted(change),
+        )  # fmt: skip
 
 # --- GIoU ---
 
@@ -346,6 +460,29 @@ for name, sentence, formulas in (
      _distance(lambda a, b: F.smooth_l1_loss(a, b, reduction="none", beta=0.01))),
     ("l1-of-centres-only", "Only the centres are compared.", _distance(lambda a, b: (a - b)[:, :2].abs())),
     ("l1-of-sides-only", "Only width and height are compared.", _distance(lambda a, b: (a - b)[:, 2:].abs())),
+    ("l1-without-cx", "cx is not compared: the last three coordinates alone.",
+     _distance(lambda a, b: (a - b)[:, 1:].abs())),
+    ("l1-without-cy", "cy is not compared.", _distance(lambda a, b: (a - b)[:, [0, 2, 3]].abs())),
+    ("l1-without-the-width", "The width is not compared.", _distance(lambda a, b: (a - b)[:, [0, 1, 3]].abs())),
+    ("l1-without-the-height", "The height is not compared: the first three coordinates alone.",
+     _distance(lambda a, b: (a - b)[:, :3].abs())),
+    ("l1-of-cx-and-width", "Only cx and the width are compared.", _distance(lambda a, b: (a - b)[:, ::2].abs())),
+    ("l1-of-cy-and-height", "Only cy and the height are compared.", _distance(lambda a, b: (a - b)[:, 1::2].abs())),
+    ("l1-of-cx-alone", "Only the first coordinate is compared.", _distance(lambda a, b: (a - b)[:, :1].abs())),
+    ("l1-of-the-height-alone", "Only the last coordinate is compared.",
+     _distance(lambda a, b: (a - b)[:, 3:].abs())),
+    ("l1-with-sides-exchanged", "The target's width and height change places in the L1 loss.",
+     _distance(lambda a, b: (a - b[:, [0, 1, 3, 2]]).abs())),
+    ("l1-with-centre-exchanged", "The target's cx and cy change places in the L1 loss.",
+     _distance(lambda a, b: (a - b[:, [1, 0, 2, 3]]).abs())),
+    ("l1-of-corners-to-the-target-as-it-is", "The corners of the prediction are compared with the target as it is.",
+     {"loss_bbox": lambda book, a, b, nb: (book.corners(a) - b).abs().sum() / nb}),
+    ("l1-of-the-prediction-as-it-is-to-corners", "The prediction as it is is compared with the target's corners.",
+     {"loss_bbox": lambda book, a, b, nb: (a - book.corners(b)).abs().sum() / nb}),
+    ("l1-of-the-smallest-difference", "The smallest of the four differences instead of their sum.",
+     _distance(lambda a, b: (a - b).abs().amin(-1))),
+    ("l1-of-the-sums", "The difference of the sums of the coordinates.",
+     _distance(lambda a, b: (a - b).sum(-1).abs())),
     ("l1-of-the-largest-difference", "The largest of the four differences instead of their sum.",
      _distance(lambda a, b: (a - b).abs().amax(-1))),
     ("l1-weighted-by-size", "Differences are weighted by 2 − w·h of the target, as in YOLO.",
