@@ -17,6 +17,7 @@ from detr_conformance.contract.costs import (
     the_cost_is_the_weighted_sum_of_the_three,
     the_l1_cost_is_the_sum_of_four_differences,
 )
+from detr_conformance.contract.known_boxes import GUARDS, MISREAD, of_corners
 from detr_conformance.contract.matching import order_does_not_matter
 from detr_conformance.registry import DETR, EVERY, FOCAL, TEXT, known
 from detr_reference.options import options_of
@@ -74,6 +75,37 @@ for name, sentence, weights in (
      lambda o: (o.set_cost_class or 1, o.set_cost_bbox or 1, o.set_cost_giou or 1)),
     ("cost-weight-zero-means-the-default", "A weight of 0 falls back to the family's: `weight or default`.",
      lambda o: (o.set_cost_class or CLASS(o), o.set_cost_bbox or BBOX(o), o.set_cost_giou or GIOU(o))),
+    ("class-cost-weight-zero-means-one", "A class weight of 0 falls back to 1: `weight or 1`.",
+     lambda o: (o.set_cost_class or 1, o.set_cost_bbox, o.set_cost_giou)),
+    ("l1-cost-weight-zero-means-one", "An L1 weight of 0 falls back to 1: `weight or 1`.",
+     lambda o: (o.set_cost_class, o.set_cost_bbox or 1, o.set_cost_giou)),
+    ("giou-cost-weight-zero-means-one", "A GIoU weight of 0 falls back to 1: `weight or 1`.",
+     lambda o: (o.set_cost_class, o.set_cost_bbox, o.set_cost_giou or 1)),
+    ("l1-cost-weight-zero-means-the-default", "An L1 weight of 0 falls back to the family's: `weight or default`.",
+     lambda o: (o.set_cost_class, o.set_cost_bbox or BBOX(o), o.set_cost_giou)),
+    ("giou-cost-weight-zero-means-the-default", "A GIoU weight of 0 falls back to the family's: `weight or default`.",
+     lambda o: (o.set_cost_class, o.set_cost_bbox, o.set_cost_giou or GIOU(o))),
+    ("cost-of-the-class-alone", "The boxes have no part in the matching cost.", lambda o: (o.set_cost_class, 0, 0)),
+    ("cost-of-l1-alone", "The L1 distance alone is the matching cost.", lambda o: (0, o.set_cost_bbox, 0)),
+    ("cost-of-giou-alone", "The GIoU alone is the matching cost.", lambda o: (0, 0, o.set_cost_giou)),
+    ("l1-takes-the-cost-weight-of-giou", "The L1 term takes the GIoU's weight.",
+     lambda o: (o.set_cost_class, o.set_cost_giou, o.set_cost_giou)),
+    ("giou-takes-the-cost-weight-of-l1", "The GIoU term takes the L1 distance's weight.",
+     lambda o: (o.set_cost_class, o.set_cost_bbox, o.set_cost_bbox)),
+    ("class-takes-the-cost-weight-of-l1", "The class term takes the L1 distance's weight.",
+     lambda o: (o.set_cost_bbox, o.set_cost_bbox, o.set_cost_giou)),
+    ("class-takes-the-cost-weight-of-giou", "The class term takes the GIoU's weight.",
+     lambda o: (o.set_cost_giou, o.set_cost_bbox, o.set_cost_giou)),
+    ("l1-takes-the-cost-weight-of-the-class", "The L1 term takes the class's weight.",
+     lambda o: (o.set_cost_class, o.set_cost_class, o.set_cost_giou)),
+    ("giou-takes-the-cost-weight-of-the-class", "The GIoU term takes the class's weight.",
+     lambda o: (o.set_cost_class, o.set_cost_bbox, o.set_cost_class)),
+    ("class-weighed-by-its-loss-weight", "The class term is weighted with the loss weight.",
+     lambda o: (o.ce_loss_coef, o.set_cost_bbox, o.set_cost_giou)),
+    ("l1-weighed-by-its-loss-weight", "The L1 term is weighted with the loss weight.",
+     lambda o: (o.set_cost_class, o.bbox_loss_coef, o.set_cost_giou)),
+    ("giou-weighed-by-its-loss-weight", "The GIoU term is weighted with the loss weight.",
+     lambda o: (o.set_cost_class, o.set_cost_bbox, o.giou_loss_coef)),
     ("cost-without-the-class", "The matching cost leaves the class out.",
      lambda o: (0, o.set_cost_bbox, o.set_cost_giou)),
     ("cost-without-giou", "The matching cost leaves the GIoU out.",
@@ -93,8 +125,9 @@ for name, sentence, weights in (
     ("class-cost-counts-twice", "The class term counts twice.",
      lambda o: (2 * o.set_cost_class, o.set_cost_bbox, o.set_cost_giou)),
 ):  # fmt: skip
-    zero = name.startswith("cost-weight-zero")  # shows where a weight is 0
-    check = giou_lowers_the_cost if zero else the_cost_is_the_weighted_sum_of_the_three
+    check = the_cost_is_the_weighted_sum_of_the_three
+    if "weight-zero" in name:  # shows where that weight is 0
+        check = the_l1_cost_is_the_sum_of_four_differences if name.startswith("giou") else giou_lowers_the_cost
     known(check, name, sentence, fix=_OWN, cost=_weighted(weights))
 
 
@@ -135,8 +168,54 @@ for name, sentence, giou in (
      _as_corners),
     ("giou-in-the-cost-without-sign", "The cost takes the absolute value of the GIoU.",
      lambda book, a, b: book.giou(a, b).abs()),
+    ("giou-squared-in-the-cost", "The cost takes GIoU².", lambda book, a, b: book.giou(a, b).square()),
 ):  # fmt: skip
     known(giou_lowers_the_cost, name, sentence, fix="subtract the GIoU of the corners", cost=_with(giou=giou))
+
+for of, (whose, reading) in MISREAD.items():
+    whom = "" if of == "boxes" else f"-of-the-{of}"
+    for guard, (how, combine) in GUARDS.items():
+        known(
+            giou_lowers_the_cost, f"giou-in-the-cost-never-converted{whom}-{guard}",
+            f"{whose} are taken for corners already in the GIoU of the cost, {how}.",
+            fix="subtract the GIoU of the corners", cost=_with(giou=of_corners(combine, **reading)),
+        )  # fmt: skip
+    if of != "boxes":
+        known(
+            giou_lowers_the_cost, f"giou-in-the-cost-never-converted{whom}",
+            f"{whose} are taken for corners already in the GIoU of the cost.", fix="subtract the GIoU of the corners",
+            cost=_with(giou=of_corners(_as_corners, **reading)),
+        )  # fmt: skip
+
+
+def _top_left(book: Textbook, boxes: Tensor) -> Tensor:
+    return torch.cat([boxes[..., :2], boxes[..., :2] + boxes[..., 2:]], -1)
+
+
+def _a_side_away(book: Textbook, boxes: Tensor) -> Tensor:
+    return torch.cat([boxes[..., :2] - boxes[..., 2:], boxes[..., :2] + boxes[..., 2:]], -1)
+
+
+def _turned(book: Textbook, boxes: Tensor) -> Tensor:
+    turned: Tensor = book.corners(boxes[..., [0, 1, 3, 2]])
+    return turned
+
+
+for whom, whose, sides in (
+    ("", "Boxes", ("pred", "target")),
+    ("-of-the-target", "Target boxes", ("target",)),
+    ("-of-the-prediction", "Predicted boxes", ("pred",)),
+):
+    for name, sentence, corners in (
+        ("giou-in-the-cost-from-the-top-left", "are read from the top left", _top_left),
+        ("giou-in-the-cost-a-whole-side-from-the-centre", "have corners cx ∓ w, cy ∓ h", _a_side_away),
+        ("giou-in-the-cost-with-sides-exchanged", "are read as (cx, cy, h, w)", _turned),
+    ):
+        known(
+            giou_lowers_the_cost, name + whom, f"{whose} {sentence} in the GIoU of the cost alone.",
+            fix="subtract the GIoU of the corners",
+            cost=_with(giou=of_corners(_as_corners, **dict.fromkeys(sides, corners))),
+        )  # fmt: skip
 
 for name, sentence, l1 in (
     ("squared-differences-in-the-cost", "Squared differences in the cost.",
@@ -145,6 +224,37 @@ for name, sentence, l1 in (
      lambda book, a, b: (a - b)[..., :2].abs().sum(-1)),
     ("sides-alone-in-the-cost", "The cost compares width and height alone.",
      lambda book, a, b: (a - b)[..., 2:].abs().sum(-1)),
+    ("cost-without-cx", "The cost compares the last three coordinates alone.",
+     lambda book, a, b: (a - b)[..., 1:].abs().sum(-1)),
+    ("cost-without-cy", "The cost does not compare cy.", lambda book, a, b: (a - b)[..., [0, 2, 3]].abs().sum(-1)),
+    ("cost-without-the-width", "The cost does not compare the width.",
+     lambda book, a, b: (a - b)[..., [0, 1, 3]].abs().sum(-1)),
+    ("cost-without-the-height", "The cost compares the first three coordinates alone.",
+     lambda book, a, b: (a - b)[..., :3].abs().sum(-1)),
+    ("cost-of-cx-and-width", "The cost compares cx and the width alone.",
+     lambda book, a, b: (a - b)[..., ::2].abs().sum(-1)),
+    ("cost-of-cy-and-height", "The cost compares cy and the height alone.",
+     lambda book, a, b: (a - b)[..., 1::2].abs().sum(-1)),
+    ("cost-of-cx-alone", "The cost compares the first coordinate alone.",
+     lambda book, a, b: (a - b)[..., :1].abs().sum(-1)),
+    ("cost-of-the-height-alone", "The cost compares the last coordinate alone.",
+     lambda book, a, b: (a - b)[..., 3:].abs().sum(-1)),
+    ("l1-of-the-cost-with-sides-exchanged", "The target's width and height change places in the L1 cost.",
+     lambda book, a, b: (a - b[..., [0, 1, 3, 2]]).abs().sum(-1)),
+    ("l1-of-the-cost-with-centre-exchanged", "The target's cx and cy change places in the L1 cost.",
+     lambda book, a, b: (a - b[..., [1, 0, 2, 3]]).abs().sum(-1)),
+    ("corners-against-the-target-as-it-is-in-the-cost",
+     "The L1 cost compares the prediction's corners with the target as it is.",
+     lambda book, a, b: (book.corners(a) - b).abs().sum(-1)),
+    ("prediction-as-it-is-against-corners-in-the-cost",
+     "The L1 cost compares the prediction as it is with the target's corners.",
+     lambda book, a, b: (a - book.corners(b)).abs().sum(-1)),
+    ("smallest-difference-in-the-cost", "The smallest of the four differences in the cost.",
+     lambda book, a, b: (a - b).abs().amin(-1)),
+    ("signed-differences-in-the-cost", "The differences enter the cost with their sign.",
+     lambda book, a, b: (a - b).sum(-1)),
+    ("difference-of-the-sums-in-the-cost", "The cost compares the sums of the coordinates.",
+     lambda book, a, b: (a - b).sum(-1).abs()),
     ("largest-difference-in-the-cost", "The largest of the four differences in the cost.",
      lambda book, a, b: (a - b).abs().amax(-1)),
     ("distance-of-centres-in-the-cost", "The Euclidean distance of the centres in the cost.",
@@ -282,6 +392,17 @@ for check, suffix, profiles in (
     for name, sentence, change in (
         ("cost-labels-from-one", "Labels are taken as counted from 1 in the class cost.", lambda y: y - 1),
         ("cost-labels-one-up", "Labels are shifted up by one in the class cost.", lambda y: y + 1),
+        ("cost-labels-from-one-around",
+         "Labels are taken as counted from 1 in the class cost, and class 0 has the last channel.",
+         lambda y: torch.where(y == 0, 1_000_000, y - 1)),
+        ("cost-labels-of-class-zero", "The class cost is that of channel 0, whatever the label.", torch.zeros_like),
+        ("cost-labels-of-class-one", "The class cost is that of channel 1, whatever the label.", torch.ones_like),
+        ("cost-of-the-last-label", "The class cost is that of the image's last label for every target.",
+         lambda y: y[-1:].expand_as(y)),
+        ("cost-labels-one-target-on", "Every target has the label of the next one in the class cost.",
+         lambda y: y.roll(-1)),
+        ("cost-labels-one-target-back", "Every target has the label of the one before in the class cost.",
+         lambda y: y.roll(1)),
         ("cost-labels-in-order", "The columns of the class cost come in sorted order of the labels.",
          lambda y: y.sort().values),
         ("cost-labels-reversed", "The columns of the class cost come in reverse order.", lambda y: y.flip(0)),
@@ -375,6 +496,32 @@ for name, sentence, formula in (
         token_cost=formula,
     )  # fmt: skip
 
+
+def _map_rows(change: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
+    """A token cost of the tokens that other labels have in the image's own prompt."""
+
+    def token_cost(before: Callable[..., Tensor], book: Textbook, x: Tensor, target: Target) -> Tensor:
+        names = target["positive_map"]
+        rows = names[change(target["labels"]).clamp(0, len(names) - 1)]
+        return before(x, {**target, "token_labels": rows})
+
+    return token_cost
+
+
+for name, sentence, change in (
+    ("cost-labels-from-one-of-the-prompt", "Labels are taken as counted from 1 in the class cost.", lambda y: y - 1),
+    ("cost-labels-one-up-of-the-prompt", "Labels are shifted up by one in the class cost.", lambda y: y + 1),
+    ("cost-of-the-prompts-first-class", "The class cost is that of the prompt's first class for every target.",
+     torch.zeros_like),
+    ("cost-of-the-first-label-of-the-prompt", "The class cost is that of the image's first label for every target.",
+     lambda y: y[:1].expand_as(y)),
+    ("cost-labels-reversed-of-the-prompt", "The columns of the class cost come in reverse order.",
+     lambda y: y.flip(0)),
+):  # fmt: skip
+    known(
+        the_class_cost_is_the_mean_over_the_tokens_of_the_class, name, sentence,
+        fix="pick the tokens of each target's own label", around={"token_cost": _map_rows(change)},
+    )  # fmt: skip
 
 # --- the whole cost ---
 
