@@ -154,44 +154,47 @@ def _loss_of(giou: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return lambda book, pred, wanted, nb: (1 - giou(book, pred, wanted)).sum() / nb
 
 
-GUARDS = {
-    "guarded": ("the quotient by what is not positive being 0", _guarded(False, _positive)),
+_GUARDED = {"guarded": ("the quotient by what is not positive being 0", _guarded(False, _positive))}
+_CLAMPED = {
     "guarded-and-hull-clamped": (
         "the enclosing sides clamped at 0, and the quotient by what is not positive being 0", _guarded(True, _positive),
     ),
 }  # fmt: skip
-MISREAD = {
-    "boxes": ("Boxes", {"pred": _as_they_are, "target": _as_they_are}),
-    "target": ("Target boxes", {"target": _as_they_are}),
-    "prediction": ("Predicted boxes", {"pred": _as_they_are}),
+MISREAD = {  # whose boxes, and the guards that matter: around a box that is converted the enclosing sides are positive
+    "boxes": ("Boxes", {"pred": _as_they_are, "target": _as_they_are}, _GUARDED | _CLAMPED),
+    "target": ("Target boxes", {"target": _as_they_are}, _GUARDED),
+    "prediction": ("Predicted boxes", {"pred": _as_they_are}, _GUARDED),
 }
 _CORNERS = "corners are cx ∓ w/2, cy ∓ h/2, of both boxes"
 
-for of, (whose, reading) in MISREAD.items():
-    for guard, (how, combine) in GUARDS.items():
+for of, (whose, reading, guards) in MISREAD.items():
+    for guard, (how, combine) in guards.items():
         known(
             corners_are_half_a_side_from_the_centre, f"{of}-never-converted-{guard}",
             f"{whose} are taken for corners already in the GIoU, {how}.", fix=_CORNERS,
             giou=of_corners(combine, **reading),
         )  # fmt: skip
-    known(
-        corners_are_half_a_side_from_the_centre, f"{of}-never-converted-hull-clamped",
-        f"{whose} are taken for corners already in the GIoU loss, the enclosing sides clamped at 0, where it may "
-        "become infinite.", fix=_CORNERS,
-        loss_giou=_loss_of(of_corners(_guarded(True, torch.div), **reading)),
-    )  # fmt: skip
+known(
+    corners_are_half_a_side_from_the_centre, "boxes-never-converted-hull-clamped",
+    "Boxes are taken for corners already in the GIoU loss, the enclosing sides clamped at 0, where it may become "
+    "infinite.", fix=_CORNERS, loss_giou=_loss_of(of_corners(_guarded(True, torch.div), **MISREAD["boxes"][1])),
+)  # fmt: skip
 
 for of, whose in (("target", "Target boxes"), ("pred", "Predicted boxes")):
     name = of.replace("pred", "prediction")
     for id, sentence, order in (
         ("sides-exchanged", "are read as (cx, cy, h, w)", (0, 1, 3, 2)),
         ("centre-exchanged", "are read as (cy, cx, w, h)", (1, 0, 2, 3)),
-        ("axes-exchanged", "are read as (cy, cx, h, w)", (1, 0, 3, 2)),
     ):
         known(
             corners_are_half_a_side_from_the_centre, f"{name}-{id}", f"{whose} {sentence} in the GIoU.", fix=_CORNERS,
             giou=of_corners(_giou, **{of: _exchanged(*order)}),
         )  # fmt: skip
+known(
+    corners_are_half_a_side_from_the_centre, "target-axes-exchanged",  # which the prediction's would equal
+    "Target boxes are read as (cy, cx, h, w) in the GIoU.", fix=_CORNERS,
+    giou=of_corners(_giou, target=_exchanged(1, 0, 3, 2)),
+)  # fmt: skip
 
 
 # --- boxes converted once too often, before everything else ---

@@ -17,7 +17,7 @@ from detr_conformance.contract.costs import (
     the_cost_is_the_weighted_sum_of_the_three,
     the_l1_cost_is_the_sum_of_four_differences,
 )
-from detr_conformance.contract.known_boxes import GUARDS, MISREAD, of_corners
+from detr_conformance.contract.known_boxes import MISREAD, of_corners
 from detr_conformance.contract.matching import order_does_not_matter
 from detr_conformance.registry import DETR, EVERY, FOCAL, TEXT, known
 from detr_reference.options import options_of
@@ -81,10 +81,6 @@ for name, sentence, weights in (
      lambda o: (o.set_cost_class, o.set_cost_bbox or 1, o.set_cost_giou)),
     ("giou-cost-weight-zero-means-one", "A GIoU weight of 0 falls back to 1: `weight or 1`.",
      lambda o: (o.set_cost_class, o.set_cost_bbox, o.set_cost_giou or 1)),
-    ("l1-cost-weight-zero-means-the-default", "An L1 weight of 0 falls back to the family's: `weight or default`.",
-     lambda o: (o.set_cost_class, o.set_cost_bbox or BBOX(o), o.set_cost_giou)),
-    ("giou-cost-weight-zero-means-the-default", "A GIoU weight of 0 falls back to the family's: `weight or default`.",
-     lambda o: (o.set_cost_class, o.set_cost_bbox, o.set_cost_giou or GIOU(o))),
     ("cost-of-the-class-alone", "The boxes have no part in the matching cost.", lambda o: (o.set_cost_class, 0, 0)),
     ("cost-of-l1-alone", "The L1 distance alone is the matching cost.", lambda o: (0, o.set_cost_bbox, 0)),
     ("cost-of-giou-alone", "The GIoU alone is the matching cost.", lambda o: (0, 0, o.set_cost_giou)),
@@ -172,9 +168,9 @@ for name, sentence, giou in (
 ):  # fmt: skip
     known(giou_lowers_the_cost, name, sentence, fix="subtract the GIoU of the corners", cost=_with(giou=giou))
 
-for of, (whose, reading) in MISREAD.items():
+for of, (whose, reading, guards) in MISREAD.items():
     whom = "" if of == "boxes" else f"-of-the-{of}"
-    for guard, (how, combine) in GUARDS.items():
+    for guard, (how, combine) in guards.items():
         known(
             giou_lowers_the_cost, f"giou-in-the-cost-never-converted{whom}-{guard}",
             f"{whose} are taken for corners already in the GIoU of the cost, {how}.",

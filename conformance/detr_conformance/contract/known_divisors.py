@@ -13,6 +13,7 @@ from detr_conformance.contract.normalisation import (
     box_losses_without_targets_are_zero_in_the_graph,
     loss_bbox_is_the_sum_of_l1_over_nb,
     nb_counts_targets_not_matches,
+    one_nb_serves_all_layers,
 )
 from detr_conformance.registry import DETR, EVERY, TEXT, known
 from detr_reference.textbook import Layer, Pairs, Textbook
@@ -23,6 +24,11 @@ Counts = Sequence[int]
 def _number(of: Callable[[Counts], float]) -> Callable[..., Tensor]:
     """nb from the number of targets of each image."""
     return lambda book, targets: torch.tensor(float(of([len(t["boxes"]) for t in targets])), dtype=torch.float64)
+
+
+def _of_labels(of: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
+    """nb from the labels of all targets."""
+    return lambda book, targets: of(torch.cat([t["labels"] for t in targets])).double().clamp(min=1)
 
 
 for name, sentence, formula in (
@@ -37,6 +43,16 @@ for name, sentence, formula in (
     ("nb-times-the-images", "nb is multiplied by the number of images.", _number(lambda n: max(sum(n), 1) * len(n))),
     ("nb-squared", "All losses are divided by N twice.", _number(lambda n: max(sum(n), 1) ** 2)),
     ("nb-is-one", "Nothing is divided: nb is 1.", _number(lambda n: 1)),
+    ("nb-counts-padded-targets", "nb is the number of images times the targets of the fullest: padding counts.",
+     _number(lambda n: max(len(n) * max(n), 1))),
+    ("nb-counts-targets-and-images", "nb is N and the number of images, as if every image had one target more.",
+     _number(lambda n: sum(n) + len(n))),
+    ("nb-is-the-mean-of-the-images-with-targets", "nb is the mean number of targets of the images that have some.",
+     _number(lambda n: max(sum(n) / max(sum(c > 0 for c in n), 1), 1))),
+    ("nb-counts-coordinates", "nb counts the four coordinates of every target.", _number(lambda n: max(4 * sum(n), 1))),
+    ("nb-counts-labels-above-zero", "nb counts labels above 0: class 0 is taken for background.",
+     _of_labels(lambda y: (y > 0).sum())),
+    ("nb-is-the-sum-of-the-labels", "nb is the sum of the labels, not their number.", _of_labels(torch.sum)),
     ("nb-counts-classes", "nb counts the distinct labels.",
      lambda book, targets: torch.tensor(
          float(max(len(set(torch.cat([t["labels"] for t in targets]).tolist())), 1)), dtype=torch.float64)),
@@ -70,6 +86,31 @@ for name, sentence, change in (
     ("nb-counts-the-queries-of-an-image", "nb is the number of queries of an image.", _queries_of_an_image),
 ):
     known(loss_bbox_is_the_sum_of_l1_over_nb, name, sentence, fix="nb = max(N, 1), N the targets of the batch",
+          around={"layer_num_boxes": change})  # fmt: skip
+
+
+def _grown(before: Callable[..., Tensor], book: Textbook, layer: Layer, nb: Tensor, m: Any) -> Tensor:
+    return nb * (int(layer.name[3:]) + 2) if layer.name.startswith("aux") else nb
+
+
+def _divided(*names: str) -> Callable[..., Tensor]:
+    """nb divided by the images for some layers alone."""
+
+    def change(before: Callable[..., Tensor], book: Textbook, layer: Layer, nb: Tensor, m: Any) -> Tensor:
+        return (nb / len(m)).clamp(min=1) if layer.name.startswith(names) else nb
+
+    return change
+
+
+for name, sentence, change, profiles in (
+    ("nb-grows-from-layer-to-layer", "nb is added up from layer to layer: the second is divided by 2·nb.", _grown,
+     EVERY - DETR),
+    ("nb-of-auxiliary-layers-is-a-mean", "Auxiliary losses are divided by the mean number of targets of an image.",
+     _divided("aux"), EVERY),
+    ("nb-of-the-encoder-is-a-mean", "Encoder losses are divided by the mean number of targets of an image.",
+     _divided("enc"), EVERY - DETR),
+):  # fmt: skip
+    known(one_nb_serves_all_layers, name, sentence, fix="one nb for all losses and layers", profiles=profiles,
           around={"layer_num_boxes": change})  # fmt: skip
 
 
@@ -130,6 +171,7 @@ known(
 for name, sentence, formula in (
     ("nb-is-at-least-a-millionth", "nb is at least 1e-6 instead of 1.", _number(lambda n: max(sum(n), 1e-6))),
     ("nb-is-at-least-a-hundred-millionth", "nb is at least 1e-8 instead of 1.", _number(lambda n: max(sum(n), 1e-8))),
+    ("nb-is-at-least-the-images", "nb is at least the number of images.", _number(lambda n: max(sum(n), len(n)))),
     ("every-image-counts-at-least-one", "Every image counts at least one target.",
      _number(lambda n: sum(max(c, 1) for c in n))),
 ):  # fmt: skip

@@ -15,11 +15,13 @@ from detr_conformance.contract.layers import encoder_outputs_have_their_own_matc
 from detr_conformance.contract.matching import (
     every_layer_is_matched_on_its_own_predictions,
     no_query_and_no_target_is_matched_twice,
+    of_too_many_targets_the_best_are_matched,
+    order_does_not_matter,
     the_assignment_is_optimal,
     the_matcher_returns_index_pairs,
 )
-from detr_conformance.registry import known
-from detr_reference.textbook import Layer, Pairs, Textbook
+from detr_conformance.registry import DETR, EVERY, TEXT, known
+from detr_reference.textbook import Layer, Pairs, Textbook, textbook
 
 # --- which pairs ---
 
@@ -100,6 +102,78 @@ for name, sentence, change in (
      lambda before, book, costs: before(costs[: max(len(costs) // 2, costs.shape[1])])),
 ):  # fmt: skip
     known(the_assignment_is_optimal, name, sentence, fix="keep the solver's pairs", around={"assign": change})
+
+
+def _numbered(queries: bool) -> Callable[..., Pairs]:
+    """The solver's rows taken for 0, 1, …: queries, or targets where the matrix has been transposed."""
+
+    def change(before: Callable[..., Pairs], book: Textbook, costs: Tensor) -> Pairs:
+        found = before(costs)
+        order = (found.query if queries else found.target).argsort()
+        query, target, rows = found.query[order], found.target[order], torch.arange(len(found))
+        return Pairs(rows, target) if queries else Pairs(query, rows)
+
+    return change
+
+
+for check, name, sentence, change in (
+    (the_assignment_is_optimal, "rows-of-the-solver-taken-for-the-first-queries",
+     "The solver's columns alone are kept, and its rows taken for the queries 0, 1, …", _numbered(queries=True)),
+    (of_too_many_targets_the_best_are_matched, "rows-of-the-solver-taken-for-the-first-targets",
+     "The solver of the transposed costs gives its columns alone, and its rows are taken for the targets 0, 1, …",
+     _numbered(queries=False)),
+    (the_assignment_is_optimal, "query-indices-in-order", "Query indices are sorted away from their targets.",
+     lambda before, book, costs: (lambda m: Pairs(m.query[m.target.argsort()].sort().values, m.target.sort().values))(
+         before(costs))),
+    (the_assignment_is_optimal, "targets-one-place-on", "Every query gets the target after its own.",
+     lambda before, book, costs: (lambda m: Pairs(m.query, m.target.roll(-1)))(before(costs))),
+    (the_assignment_is_optimal, "queries-one-place-on", "Every target gets the query after its own.",
+     lambda before, book, costs: (lambda m: Pairs((m.query + 1) % max(len(costs), 1), m.target))(before(costs))),
+    (the_assignment_is_optimal, "only-the-last-half-of-the-queries",
+     "Only the last half of the queries takes part, where there are enough.",
+     lambda before, book, costs: (lambda skip: (lambda m: Pairs(m.query + skip, m.target))(before(costs[skip:])))(
+         max(min(len(costs) // 2, len(costs) - costs.shape[1]), 0))),
+    (of_too_many_targets_the_best_are_matched, "last-targets-only",
+     "Of more targets than queries only the last are considered.",
+     lambda before, book, costs: (lambda skip: (lambda m: Pairs(m.query, m.target + skip))(before(costs[:, skip:])))(
+         max(costs.shape[1] - len(costs), 0))),
+):  # fmt: skip
+    known(check, name, sentence, fix="keep the solver's pairs", around={"assign": change})
+
+
+def _reshaped(of_class: bool, of_l1: bool, of_giou: bool) -> dict[str, Any]:
+    """A cost whose terms are computed [n,Q], and some reshaped to [Q,n] instead of transposed."""
+
+    def cost(book: Textbook, x: Tensor, boxes: Tensor, target: Any) -> Tensor:
+        o, pred, wanted = book.o, boxes[:, None], target["boxes"][None]
+        terms = (
+            (o.set_cost_class * book.class_cost(x, target), of_class),
+            (o.set_cost_bbox * book.l1(pred, wanted), of_l1),
+            (-o.set_cost_giou * book.giou(pred, wanted), of_giou),
+        )
+        return torch.stack([c.T.reshape(c.shape) if turned else c for c, turned in terms]).sum(0)
+
+    return {"cost": cost}
+
+
+for name, sentence, formulas in (
+    ("cost-reshaped-instead-of-transposed", "The cost is computed target by target, and reshaped, not transposed.",
+     _reshaped(True, True, True)),
+    ("class-cost-reshaped-instead-of-transposed",
+     "The class cost is computed target by target, and reshaped, not transposed.", _reshaped(True, False, False)),
+    ("box-costs-reshaped-instead-of-transposed",
+     "L1 and GIoU of the cost are computed target by target, and reshaped, not transposed.",
+     _reshaped(False, True, True)),
+    ("l1-of-the-cost-reshaped-instead-of-transposed",
+     "The L1 cost is computed target by target, and reshaped, not transposed.", _reshaped(False, True, False)),
+    ("giou-of-the-cost-reshaped-instead-of-transposed",
+     "The GIoU of the cost is computed target by target, and reshaped, not transposed.", _reshaped(False, False, True)),
+):  # fmt: skip
+    some = name.startswith(("class-cost", "giou"))  # by its own lesser weight it shows where targets change places
+    known(
+        order_does_not_matter if some else the_assignment_is_optimal, name, sentence, fix="transpose the costs",
+        **formulas,
+    )  # fmt: skip
 
 
 def _twice(before: Callable[..., Pairs], book: Textbook, costs: Tensor) -> Pairs:
@@ -183,6 +257,112 @@ for name, sentence, change in (
         an_image_is_matched_as_if_alone, name, sentence, fix="solve one assignment an image, on its own predictions",
         around={"match": change},
     )  # fmt: skip
+
+
+def _predictions(which: Callable[[Tensor], Tensor], *keys: str) -> Callable[..., list[Pairs]]:
+    """Every image matched on logits, boxes or both of other images."""
+
+    def match(before: Callable[..., list[Pairs]], book: Textbook, layer: Layer, targets: Any) -> list[Pairs]:
+        return before(replace(layer, **{k: which(getattr(layer, k)) for k in keys}), targets)
+
+    return match
+
+
+for which, whose, of in (
+    ("first", "the first image's", lambda x: x[:1].expand_as(x)),
+    ("last", "the last image's", lambda x: x[-1:].expand_as(x)),
+    ("next", "the next image's", lambda x: x.roll(-1, 0)),
+    ("previous", "the previous image's", lambda x: x.roll(1, 0)),
+):  # fmt: skip
+    for name, sentence, keys in (
+        (f"class-cost-on-the-{which}-image", f"The class cost of every image is taken on {whose} logits.", ("logits",)),
+        (f"box-costs-on-the-{which}-image", f"L1 and GIoU of every image's cost are taken on {whose} boxes.",
+         ("boxes",)),
+        (f"matched-on-the-{which}-image", f"Every image is matched on {whose} predictions.", ("logits", "boxes")),
+    ):  # fmt: skip
+        if name != "matched-on-the-first-image":  # which is above
+            known(
+                order_does_not_matter if name == "class-cost-on-the-last-image" else an_image_is_matched_as_if_alone,
+                name, sentence,
+                fix="solve one assignment an image, on its own predictions",
+                around={"match": _predictions(of, *keys)},
+            )  # fmt: skip
+
+
+CLASS_KEYS, BOX_KEYS = ("labels", "token_labels"), ("boxes",)
+
+
+def _without_offset(*keys: str) -> Callable[..., list[Pairs]]:
+    """Targets of the whole batch, from the first on, where an image's own begin later."""
+
+    def match(before: Callable[..., list[Pairs]], book: Textbook, layer: Layer, targets: Any) -> list[Pairs]:
+        every = {k: torch.cat([t[k] for t in targets]) for k in keys if k in targets[0]}
+        wrong = [{**t, **{k: v[: len(t["boxes"])] for k, v in every.items()}} for t in targets]
+        return before(layer, wrong)
+
+    return match
+
+
+for name, sentence, keys in (
+    ("cost-of-the-batchs-first-targets", "An image with n targets is matched with the first n of the batch.",
+     (*CLASS_KEYS, *BOX_KEYS)),
+    ("class-cost-of-the-batchs-first-targets",
+     "The class cost of an image with n targets is that of the first n labels of the batch.", CLASS_KEYS),
+    ("box-costs-of-the-batchs-first-targets",
+     "L1 and GIoU of an image with n targets are those of the first n boxes of the batch.", BOX_KEYS),
+):  # fmt: skip
+    known(
+        an_image_is_matched_as_if_alone, name, sentence, fix="split the costs by the number of targets of each image",
+        around={"match": _without_offset(*keys)},
+    )  # fmt: skip
+
+
+def _padded_with(row: Callable[[Textbook, Any, int], Any]) -> Callable[..., list[Pairs]]:
+    """Targets padded to as many an image, which compete with the others and are dropped afterwards."""
+
+    def match(before: Callable[..., list[Pairs]], book: Textbook, layer: Layer, targets: Any) -> list[Pairs]:
+        most = max(len(t["boxes"]) for t in targets)
+        found = before(layer, [row(book, t, most - len(t["boxes"])) for t in targets])
+        own = [m.target < len(t["boxes"]) for m, t in zip(found, targets, strict=True)]
+        return [Pairs(m.query[o], m.target[o]) for m, o in zip(found, own, strict=True)]
+
+    return match
+
+
+def _zeros(label: Callable[[Textbook], int]) -> Callable[[Textbook, Any, int], Any]:
+    def padded(book: Textbook, target: Any, more: int) -> Any:
+        rows = {"labels": torch.full((more,), label(book)), "boxes": torch.zeros(more, 4).double()}
+        return {**target, **{k: torch.cat([target[k], v.to(target[k].dtype)]) for k, v in rows.items()}}
+
+    return padded
+
+
+def _free(before: Callable[..., list[Pairs]], book: Textbook, layer: Layer, targets: Any) -> list[Pairs]:
+    most = max(len(t["boxes"]) for t in targets)
+
+    def assign(_book: Textbook, costs: Tensor) -> Pairs:
+        found = book.assign(torch.cat([costs, torch.zeros(len(costs), most - costs.shape[1])], 1))
+        own = found.target < costs.shape[1]
+        return Pairs(found.query[own], found.target[own])
+
+    return replace(book, assign=assign, match=textbook.match).match(layer, targets)
+
+
+for name, sentence, change, profiles in (
+    ("padded-targets-compete", "Targets are padded with zeros, which are matched like others and then dropped.",
+     _padded_with(_zeros(lambda book: 0)), EVERY - TEXT),
+    ("padded-targets-of-no-object-compete",
+     "Targets are padded with no object and zeros, which are matched like others and then dropped.",
+     _padded_with(_zeros(lambda book: book.o.num_classes)), DETR),
+    ("padded-costs-are-zero", "Costs are padded with zeros to those of the fullest image, and all columns compete.",
+     _free, EVERY),
+):  # fmt: skip
+    known(
+        no_query_and_no_target_is_matched_twice if name == "padded-costs-are-zero" else an_image_is_matched_as_if_alone,
+        name, sentence, fix="solve for an image's own targets alone",
+        profiles=profiles, around={"match": change},
+    )  # fmt: skip
+
 
 # --- which layer ---
 
