@@ -15,14 +15,17 @@ from detr_conformance.contract.gradients import (
     logits_get_the_textbook_gradient,
 )
 from detr_conformance.contract.keys import (
+    denoising_losses_have_their_weights,
     every_trained_loss_has_its_weight,
     every_trained_loss_is_a_scalar_tensor,
     logged_quantities_have_no_weight_and_losses_are_unweighted,
+    mask_losses_have_their_weights,
     the_keys_do_not_depend_on_the_targets,
     the_trained_losses_have_their_names,
 )
 from detr_conformance.contract.normalisation import class_losses_of_a_batch_add_up, loss_bbox_is_the_sum_of_l1_over_nb
 from detr_conformance.contract.tokens import every_image_uses_its_own_prompt
+from detr_conformance.denoised import DINO
 from detr_conformance.registry import DETR, EVERY, FOCAL, TEXT, known
 from detr_reference.options import options_of
 from detr_reference.textbook import Textbook
@@ -120,6 +123,11 @@ def _on(select: Callable[[str, str, Any], bool], value: Callable[[float], float 
     return _weights(change)
 
 
+def _one_on(key: str, o: Any) -> str:
+    end = _suffix(key, o)
+    return f"{key[: -len(end)]}{int(end) + 1}" if end.isdigit() else key
+
+
 def _is_aux(term: str, end: str, o: Any) -> bool:
     return end.isdigit()
 
@@ -188,6 +196,113 @@ for name, sentence, around, profiles in (
     known(
         every_trained_loss_has_its_weight, name, sentence, fix="the configured weight of its base for every suffix",
         profiles=profiles, around=around,
+    )  # fmt: skip
+
+
+# the slips of a weight, one by one: of a kind of layers, a term, and what becomes of it
+
+KINDS = {  # whose losses, by suffix, and where there are some
+    "": ("every layer", lambda end: True, EVERY),
+    "final-": ("the final layer", lambda end: end == "", EVERY),
+    "auxiliary-": ("auxiliary layers", str.isdigit, EVERY),
+    "encoder-": ("the encoder", lambda end: end == "enc", ENCODER),
+    "denoising-": ("final denoising queries", lambda end: end == "dn", DINO),
+    "auxiliary-denoising-": ("auxiliary denoising queries", lambda end: end.startswith("dn_"), DINO),
+}
+NAMES = {"ce": "class-loss", "bbox": "l1", "giou": "giou"}
+THERE = frozenset(  # said above, or in the chapter, in words of their own
+    {"giou-takes-the-weight-of-l1", "l1-takes-the-weight-of-giou", "giou-without-a-weight", "l1-without-a-weight"}
+    | {"class-loss-without-a-weight", "auxiliary-class-loss-without-a-weight"}
+)
+
+
+def _slip(kind: str, term: str, other: str | None, value: float | None) -> dict[str, Any]:
+    """Weights of a kind's term replaced by another term's, by a number, or taken out."""
+    mine = KINDS[kind][1]
+
+    def change(found: Weights, o: Any) -> Weights:
+        own = [k for k in found if k.startswith(f"loss_{term}") and mine(_suffix(k, o))]
+        new = {k: getattr(o, f"{other}_loss_coef") if other else value for k in own}
+        return {k: w for k, w in (found | new).items() if w is not None}
+
+    return _weights(change)
+
+
+for kind, (whose, _, profiles) in KINDS.items():
+    for term, name in NAMES.items():
+        slips = [(f"{kind}{name}-without-a-weight", f"loss_{term} of {whose} has no weight.", None, None)]
+        slips += [(f"{kind}{name}-weighs-nothing", f"loss_{term} of {whose} weighs 0.", None, 0.0)]
+        for o in (t for t in NAMES if t != term):
+            id = f"{kind}{name}-takes-the-weight-of-{NAMES[o]}"
+            slips += [(id, f"loss_{term} of {whose} takes loss_{o}'s weight.", o, None)]
+        for id, sentence, other, number in slips:
+            if id in THERE:
+                continue
+            alike = {term, other} == {"ce", "giou"}  # of one weight in the other profiles
+            known(
+                denoising_losses_have_their_weights if profiles is DINO else every_trained_loss_has_its_weight,
+                id, sentence, fix="the configured weight of its base for every suffix",
+                profiles=profiles & frozenset({"detr", "dino"}) if alike else profiles,
+                around=_slip(kind, term, other, number),
+            )  # fmt: skip
+
+
+def _of_kind(kind: str, change: Callable[[float], float | None]) -> dict[str, Any]:
+    mine = KINDS[kind][1]
+    return _on(lambda term, end, o: bool(mine(end)), change)
+
+
+for id, sentence, around, profiles in (
+    ("final-losses-without-a-weight", "The final layer's losses have no weight, the others do.",
+     _of_kind("final-", lambda w: None), EVERY),
+    ("auxiliary-losses-weigh-nothing", "Auxiliary losses weigh 0.", _of_kind("auxiliary-", lambda w: 0.0), EVERY),
+    ("encoder-losses-weigh-nothing", "The encoder's losses weigh 0.", _of_kind("encoder-", lambda w: 0.0), ENCODER),
+    ("first-auxiliary-layer-without-a-weight", "The first auxiliary layer has no weight.",
+     _on(lambda term, end, o: end == "0", lambda w: None), EVERY),
+    ("auxiliary-weights-count-from-one", "Weights of auxiliary layers count from 1.",
+     _weights(lambda x, o: {_one_on(k, o): w for k, w in x.items()}), EVERY),
+    ("auxiliary-box-weights-exchanged", "The weights of loss_bbox and loss_giou change places in auxiliary layers.",
+     _weights(lambda x, o: x | {k: w for k, w in _exchanged(x, o).items() if _suffix(k, o).isdigit()}), EVERY),
+    ("encoder-box-weights-exchanged", "The weights of loss_bbox and loss_giou change places in the encoder.",
+     _weights(lambda x, o: x | {k: w for k, w in _exchanged(x, o).items() if _suffix(k, o) == "enc"}), ENCODER),
+    ("final-box-weights-exchanged", "The weights of loss_bbox and loss_giou change places in the final layer.",
+     _weights(lambda x, o: x | {k: w for k, w in _exchanged(x, o).items() if _suffix(k, o) == ""}), EVERY),
+):  # fmt: skip
+    known(
+        every_trained_loss_has_its_weight, id, sentence, fix="the configured weight of its base for every suffix",
+        profiles=profiles, around=around,
+    )  # fmt: skip
+
+for id, sentence, around in (
+    ("final-denoising-losses-without-a-weight", "The final layer's denoising losses alone have no weight.",
+     _of_kind("denoising-", lambda w: None)),
+    ("auxiliary-denoising-losses-without-a-weight", "Auxiliary denoising losses have no weight, the final ones do.",
+     _of_kind("auxiliary-denoising-", lambda w: None)),
+    ("denoising-losses-weigh-nothing", "Denoising losses weigh 0.",
+     _on(lambda term, end, o: end.startswith("dn"), lambda w: 0.0)),
+    ("denoising-box-weights-exchanged", "The weights of loss_bbox and loss_giou change places in denoising queries.",
+     _weights(lambda x, o: x | {k: w for k, w in _exchanged(x, o).items() if "_dn" in k})),
+    ("last-auxiliary-denoising-layer-without-a-weight", "The last auxiliary layer's denoising losses have no weight.",
+     _on(lambda term, end, o: end == f"dn_{o.num_decoder_layers - 2}", lambda w: None)),
+):  # fmt: skip
+    known(denoising_losses_have_their_weights, id, sentence, fix="weigh denoising queries as the others", around=around)
+
+for term, name in (("mask", "loss_mask"), ("dice", "loss_dice")):
+    for id, sentence, value in (
+        (f"{term}-loss-without-a-weight", f"{name} alone has no weight.", None),
+        (f"{term}-loss-weighs-nothing", f"{name} weighs 0.", 0.0),
+    ):
+        known(
+            mask_losses_have_their_weights, id, sentence, fix="add loss_mask and loss_dice to weight_dict",
+            around=_weights(lambda x, o, name=name, value=value: {
+                k: w for k, w in (x | ({name: value} if name in x else {})).items() if w is not None}),
+        )  # fmt: skip
+
+for name, profiles in (("class_error", DETR | FOCAL), ("cardinality_error", EVERY)):
+    known(
+        logged_quantities_have_no_weight_and_losses_are_unweighted, f"{name.replace('_', '-')}-with-a-weight",
+        f"{name} has a weight, and counts in the total.", fix="weights for trained losses only", profiles=profiles,
+        around=_weights(lambda x, o, name=name: x | {name: 1.0}),
     )  # fmt: skip
 
 
