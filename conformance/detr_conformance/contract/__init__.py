@@ -38,6 +38,8 @@ CHAPTERS: Final = (
     "known_layers",
     "known_keys",
     "known_effects",
+    "known_batches",
+    "known_parts",
     "known_numbers",
 )
 

@@ -124,7 +124,7 @@ for name, sentence, formulas in (
 # --- boxes never converted, as quotients are guarded elsewhere ---
 
 
-def _as_they_are(book: Textbook, boxes: Tensor) -> Tensor:
+def as_they_are(book: Textbook, boxes: Tensor) -> Tensor:
     return boxes
 
 
@@ -133,11 +133,16 @@ def _exchanged(*order: int) -> Callable[..., Tensor]:
     return lambda book, boxes: book.corners(boxes[..., list(order)])
 
 
-def _positive(part: Tensor, whole: Tensor) -> Tensor:
+def _positive(book: Textbook, part: Tensor, whole: Tensor) -> Tensor:
+    whole = whole + book.o.giou_eps
     return torch.where(whole > 0, part, 0) / torch.where(whole > 0, whole, 1)
 
 
-def _guarded(hull_clamped: bool, share: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
+def _plain(book: Textbook, part: Tensor, whole: Tensor) -> Tensor:
+    return part / (whole + book.o.giou_eps)
+
+
+def _guarded(hull_clamped: bool, share: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """A GIoU with quotients of its own, and the enclosing sides clamped at 0 or not."""
 
     def combine(book: Textbook, a: Tensor, b: Tensor) -> Tensor:
@@ -145,7 +150,7 @@ def _guarded(hull_clamped: bool, share: Callable[[Tensor, Tensor], Tensor]) -> C
         union, hull = book.union(a, b, common), book.enclosing(a, b)
         if hull_clamped:
             hull = _hull(a, b).clamp(min=0).prod(-1)
-        return share(common, union) - share(hull - union, hull)
+        return share(book, common, union) - share(book, hull - union, hull)
 
     return combine
 
@@ -154,30 +159,24 @@ def _loss_of(giou: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return lambda book, pred, wanted, nb: (1 - giou(book, pred, wanted)).sum() / nb
 
 
-_GUARDED = {"guarded": ("the quotient by what is not positive being 0", _guarded(False, _positive))}
-_CLAMPED = {
+GUARDS = {
+    "guarded": ("the quotient by what is not positive being 0", _guarded(False, _positive)),
     "guarded-and-hull-clamped": (
         "the enclosing sides clamped at 0, and the quotient by what is not positive being 0", _guarded(True, _positive),
     ),
 }  # fmt: skip
-MISREAD = {  # whose boxes, and the guards that matter: around a box that is converted the enclosing sides are positive
-    "boxes": ("Boxes", {"pred": _as_they_are, "target": _as_they_are}, _GUARDED | _CLAMPED),
-    "target": ("Target boxes", {"target": _as_they_are}, _GUARDED),
-    "prediction": ("Predicted boxes", {"pred": _as_they_are}, _GUARDED),
-}
 _CORNERS = "corners are cx ∓ w/2, cy ∓ h/2, of both boxes"
 
-for of, (whose, reading, guards) in MISREAD.items():
-    for guard, (how, combine) in guards.items():
-        known(
-            corners_are_half_a_side_from_the_centre, f"{of}-never-converted-{guard}",
-            f"{whose} are taken for corners already in the GIoU, {how}.", fix=_CORNERS,
-            giou=of_corners(combine, **reading),
-        )  # fmt: skip
+for guard, (how, combine) in GUARDS.items():  # where one box is converted, wholes are positive
+    known(
+        corners_are_half_a_side_from_the_centre, f"boxes-never-converted-{guard}",
+        f"Boxes are taken for corners already in the GIoU, {how}.", fix=_CORNERS,
+        giou=of_corners(combine, as_they_are, as_they_are),
+    )  # fmt: skip
 known(
     corners_are_half_a_side_from_the_centre, "boxes-never-converted-hull-clamped",
     "Boxes are taken for corners already in the GIoU loss, the enclosing sides clamped at 0, where it may become "
-    "infinite.", fix=_CORNERS, loss_giou=_loss_of(of_corners(_guarded(True, torch.div), **MISREAD["boxes"][1])),
+    "infinite.", fix=_CORNERS, loss_giou=_loss_of(of_corners(_guarded(True, _plain), as_they_are, as_they_are)),
 )  # fmt: skip
 
 for of, whose in (("target", "Target boxes"), ("pred", "Predicted boxes")):

@@ -17,7 +17,7 @@ from detr_conformance.contract.costs import (
     the_cost_is_the_weighted_sum_of_the_three,
     the_l1_cost_is_the_sum_of_four_differences,
 )
-from detr_conformance.contract.known_boxes import MISREAD, of_corners
+from detr_conformance.contract.known_boxes import GUARDS, as_they_are, of_corners
 from detr_conformance.contract.matching import order_does_not_matter
 from detr_conformance.registry import DETR, EVERY, FOCAL, TEXT, known
 from detr_reference.options import options_of
@@ -168,20 +168,19 @@ for name, sentence, giou in (
 ):  # fmt: skip
     known(giou_lowers_the_cost, name, sentence, fix="subtract the GIoU of the corners", cost=_with(giou=giou))
 
-for of, (whose, reading, guards) in MISREAD.items():
-    whom = "" if of == "boxes" else f"-of-the-{of}"
-    for guard, (how, combine) in guards.items():
-        known(
-            giou_lowers_the_cost, f"giou-in-the-cost-never-converted{whom}-{guard}",
-            f"{whose} are taken for corners already in the GIoU of the cost, {how}.",
-            fix="subtract the GIoU of the corners", cost=_with(giou=of_corners(combine, **reading)),
-        )  # fmt: skip
-    if of != "boxes":
-        known(
-            giou_lowers_the_cost, f"giou-in-the-cost-never-converted{whom}",
-            f"{whose} are taken for corners already in the GIoU of the cost.", fix="subtract the GIoU of the corners",
-            cost=_with(giou=of_corners(_as_corners, **reading)),
-        )  # fmt: skip
+for guard, (how, combine) in GUARDS.items():
+    known(
+        giou_lowers_the_cost, f"giou-in-the-cost-never-converted-{guard}",
+        f"The GIoU of the cost is that of (cx, cy, w, h) taken for corners, {how}.",
+        fix="subtract the GIoU of the corners", cost=_with(giou=of_corners(combine, as_they_are, as_they_are)),
+    )  # fmt: skip
+
+for of, whose, sides in (("target", "Target boxes", ("target",)), ("prediction", "Predicted boxes", ("pred",))):
+    known(
+        giou_lowers_the_cost, f"giou-in-the-cost-never-converted-of-the-{of}",
+        f"{whose} are taken for corners already in the GIoU of the cost.", fix="subtract the GIoU of the corners",
+        cost=_with(giou=of_corners(_as_corners, **dict.fromkeys(sides, as_they_are))),
+    )  # fmt: skip
 
 
 def _top_left(book: Textbook, boxes: Tensor) -> Tensor:

@@ -122,9 +122,6 @@ for check, name, sentence, change in (
     (of_too_many_targets_the_best_are_matched, "rows-of-the-solver-taken-for-the-first-targets",
      "The solver of the transposed costs gives its columns alone, and its rows are taken for the targets 0, 1, …",
      _numbered(queries=False)),
-    (the_assignment_is_optimal, "query-indices-in-order", "Query indices are sorted away from their targets.",
-     lambda before, book, costs: (lambda m: Pairs(m.query[m.target.argsort()].sort().values, m.target.sort().values))(
-         before(costs))),
     (the_assignment_is_optimal, "targets-one-place-on", "Every query gets the target after its own.",
      lambda before, book, costs: (lambda m: Pairs(m.query, m.target.roll(-1)))(before(costs))),
     (the_assignment_is_optimal, "queries-one-place-on", "Every target gets the query after its own.",
