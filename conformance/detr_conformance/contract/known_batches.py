@@ -33,7 +33,7 @@ BY_LOSS: tuple[tuple[Check, str, frozenset[str]], ...] = (
 
 def _from(source: Source, targets: Sequence[Target], keys: Sequence[str]) -> list[Target]:
     """Targets whose entries are the first of other images', and their own where those end."""
-    found = []
+    found: list[Target] = []
     for b, own in enumerate(targets):
         every = [*source(targets, b), own]
         rows = {k: torch.cat([t[k] for t in every])[: len(own[k])] for k in keys if k in own}

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from detr_conformance.contract.callers import training_and_evaluation_give_the_same_losses
+from detr_conformance.contract.matching import the_same_inputs_give_the_same_pairs
 from detr_conformance.contract.purity import (
     inputs_are_not_changed,
     inputs_with_denoising_queries_are_not_changed,
     the_random_state_is_left_alone,
 )
-from detr_conformance.registry import known
-from detr_reference.textbook import Textbook
+from detr_conformance.registry import EVERY, FOCAL, TEXT, known
+from detr_reference.textbook import Layer, Pairs, Textbook
 
 Act = Callable[[Any, Any], None]
 
@@ -144,6 +148,121 @@ known(
     fix="use no random numbers, or a generator of your own",
     around=_scaled(lambda: 1 + 0.1 * float(torch.rand(1))),
 )  # fmt: skip
+
+
+# --- random numbers ---
+
+
+def _noisy_cost(draw: Callable[[Any], Any]) -> dict[str, Callable[..., Any]]:
+    """A number drawn for every entry is added to the cost."""
+    return {"assign": lambda before, book, costs: before(costs + draw(costs))}
+
+
+def _shuffled(queries: bool) -> dict[str, Callable[..., Any]]:
+    """Queries or targets are put in a random order before they are matched."""
+
+    def assign(before: Callable[..., Pairs], book: Textbook, costs: Tensor) -> Pairs:
+        order = torch.randperm(costs.shape[0 if queries else 1])
+        found = before(costs[order] if queries else costs[:, order])
+        return Pairs(order[found.query], found.target) if queries else Pairs(found.query, order[found.target])
+
+    return {"assign": assign}
+
+
+def _jittered(term: str) -> dict[str, Callable[..., Any]]:
+    """Noise on the target boxes of a loss."""
+    return {term: lambda before, book, pred, wanted, nb: before(pred, wanted + 0.01 * torch.randn_like(wanted), nb)}
+
+
+def _sampled(before: Callable[..., Tensor], book: Textbook, layer: Layer, *rest: Any) -> Tensor:
+    """Dropout on the logits of the class loss."""
+    kept = torch.rand_like(layer.logits) > 0.1
+    return before(replace(layer, logits=torch.where(kept, layer.logits, 0)), *rest)
+
+
+for name, sentence, around in (
+    ("cost-with-noise-from-the-global-generator", "Noise from torch's global generator is added to the cost.",
+     _noisy_cost(lambda c: 0.1 * torch.randn_like(c))),
+    ("ties-broken-by-the-global-generator", "Equal costs are decided by noise from torch's global generator.",
+     _noisy_cost(lambda c: 1e-9 * torch.rand_like(c))),
+    ("cost-with-noise-from-numpy", "Noise from NumPy's global generator is added to the cost.",
+     _noisy_cost(lambda c: 0.1 * torch.from_numpy(np.random.randn(*c.shape)))),
+    ("cost-with-noise-from-pythons-generator", "Noise from Python's global generator is added to the cost.",
+     _noisy_cost(lambda c: 0.1 * random.random() * torch.arange(len(c))[:, None])),
+    ("queries-shuffled-before-the-matching", "Queries are put in a random order before they are matched.",
+     _shuffled(True)),
+    ("targets-shuffled-before-the-matching", "Targets are put in a random order before they are matched.",
+     _shuffled(False)),
+    ("l1-of-jittered-targets", "Target boxes are jittered at random in the L1 loss.", _jittered("loss_bbox")),
+    ("giou-of-jittered-targets", "Target boxes are jittered at random in the GIoU loss.", _jittered("loss_giou")),
+    ("class-loss-with-dropout", "Logits are dropped at random in the class loss.", {"loss_ce": _sampled}),
+):  # fmt: skip
+    known(
+        the_random_state_is_left_alone, name, sentence, fix="use no random numbers, or a generator of your own",
+        around=around,
+    )  # fmt: skip
+
+
+def _own_noise(size: float) -> dict[str, Callable[..., Any]]:
+    """Noise that a generator of the criterion's own draws anew in every call."""
+    own = torch.Generator().manual_seed(0)
+    return _noisy_cost(lambda c: size * torch.rand(c.shape, generator=own, dtype=c.dtype))
+
+
+known(
+    the_same_inputs_give_the_same_pairs, "cost-with-noise-of-its-own",
+    "The cost has noise from a generator of the criterion's own, in every call another.",
+    fix="leave the cost as it is", around=_own_noise(0.5),
+)  # fmt: skip
+
+# --- training and evaluation ---
+
+
+def _without_in_evaluation(*names: str) -> Callable[..., Textbook]:
+    """Some layers have losses in training alone."""
+
+    def in_mode(before: Callable[..., Textbook], book: Textbook, training: bool) -> Textbook:
+        right = before(training)
+        every = right.layers
+        fewer = replace(
+            right, layers=lambda _book, outputs: [x for x in every(outputs) if not x.name.startswith(names)]
+        )
+        return right if training else fewer
+
+    return in_mode
+
+
+for name, sentence, names, profiles in (
+    ("auxiliary-losses-in-training-only", "Auxiliary losses are computed in training alone.", ("aux",), EVERY),
+    ("encoder-losses-in-training-only", "Encoder losses are computed in training alone.", ("enc",), FOCAL | TEXT),
+    ("final-losses-alone-in-evaluation", "In evaluation there are the final losses alone.", ("aux", "enc"),
+     FOCAL | TEXT),
+):  # fmt: skip
+    known(
+        training_and_evaluation_give_the_same_losses, name, sentence, fix="the same losses in both modes",
+        profiles=profiles, around={"in_mode": _without_in_evaluation(*names)},
+    )  # fmt: skip
+
+
+def _in_evaluation(**formulas: Any) -> dict[str, Callable[..., Any]]:
+    """Other formulas in evaluation."""
+    return {
+        "in_mode": lambda before, book, training: (
+            before(training) if training else replace(before(training), **formulas)
+        )
+    }
+
+
+for name, sentence, around in (
+    ("nothing-divided-in-evaluation", "In evaluation losses are sums, divided by nothing.",
+     _in_evaluation(num_boxes=lambda book, targets: torch.ones((), dtype=torch.float64))),
+    ("queries-in-their-order-in-evaluation", "In evaluation queries are not matched but taken in their order.",
+     _in_evaluation(assign=lambda book, costs: Pairs(*(torch.arange(min(costs.shape)),) * 2))),
+):  # fmt: skip
+    known(
+        training_and_evaluation_give_the_same_losses, name, sentence, fix="the same formulas in both modes",
+        around=around,
+    )  # fmt: skip
 
 
 def _in_training(before: Callable[..., Textbook], book: Textbook, training: bool) -> Textbook:

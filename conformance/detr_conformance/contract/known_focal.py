@@ -18,6 +18,7 @@ from detr_conformance.contract.classification import (
 from detr_conformance.contract.gradients import logits_get_the_textbook_gradient
 from detr_conformance.contract.known_softmax import with_logits
 from detr_conformance.contract.numbers import the_class_loss_is_precise
+from detr_conformance.contract.tokens import every_token_of_the_class_is_a_positive
 from detr_conformance.registry import FOCAL, TEXT, known
 from detr_reference.textbook import Layer, Pairs, Textbook, minus_log_sigmoid
 
@@ -35,6 +36,15 @@ def _rows(weight: Callable[[Tensor], Tensor]) -> dict[str, Any]:
         return (weight(y) * cells)[inside].sum()
 
     return {"focal_image": focal_image}
+
+
+def _hard(cells: Tensor, matched: Tensor) -> Tensor:
+    """The terms of matched queries, and of thrice as many unmatched ones, those of the largest loss."""
+    rows = torch.where(matched, -1.0, cells.detach().sum(-1))
+    hard = rows.argsort(descending=True)[: 3 * int(matched.sum())]
+    kept = matched.clone()
+    kept[hard] = True
+    return cells[kept]
 
 
 def _unmatched(weight: float) -> Callable[[Tensor], Tensor]:
@@ -92,6 +102,41 @@ for name, sentence, formulas in (
 ):  # fmt: skip
     check = alpha_weighs_positives if name == "negatives-weigh-a-half" else every_query_and_channel_is_trained
     known(check, name, sentence, fix="every query and channel takes part, and weighs alike", **formulas)
+
+
+def _cells(pick: Callable[[Tensor, Tensor], Tensor]) -> dict[str, Any]:
+    """The focal terms of an image [Q,C], of which only some are summed: a function of the terms and targets."""
+
+    def focal_image(book: Textbook, x: Tensor, y: Tensor, inside: Tensor) -> Tensor:
+        return pick(torch.where(inside, book.focal_term(torch.where(inside, x, 0), y), 0), y).sum()
+
+    return {"focal_image": focal_image}
+
+
+for name, sentence, formulas in (
+    ("class-loss-of-the-largest-cells", "Every query has the loss of its largest entry alone.",
+     _cells(lambda cells, y: cells.amax(-1))),
+    ("class-loss-of-the-largest-queries", "Every channel has the loss of the query that is largest in it alone.",
+     _cells(lambda cells, y: cells.amax(0) if len(cells) else cells)),
+    ("unmatched-queries-only", "Matched queries have no class loss.",
+     _cells(lambda cells, y: cells * (y <= 0).all(-1, keepdim=True))),
+    ("hardest-negatives-only", "Unmatched queries have the loss of three for each matched one: the hardest.",
+     _cells(lambda cells, y: _hard(cells, (y > 0).any(-1)))),
+    ("other-channels-of-matched-queries-left-out", "Matched queries are trained in their own channel alone.",
+     _cells(lambda cells, y: cells * ((y > 0) | (y <= 0).all(-1, keepdim=True)))),
+    ("channels-of-the-images-classes-only", "Only channels of classes that are in the image are trained.",
+     _cells(lambda cells, y: cells * (y > 0).any(0))),
+):  # fmt: skip
+    known(
+        every_query_and_channel_is_trained, name, sentence, fix="every query and channel takes part, and weighs alike",
+        **formulas,
+    )  # fmt: skip
+    if name != "channels-of-the-images-classes-only":  # which is among the tokens
+        known(
+            every_token_of_the_class_is_a_positive, f"{name}-by-tokens", sentence,
+            fix="every query and token takes part, and weighs alike", **formulas,
+        )  # fmt: skip
+
 
 known(
     the_class_loss_without_targets_keeps_its_formula, "images-without-targets-have-no-class-loss",

@@ -230,6 +230,7 @@ def _slip(kind: str, term: str, other: str | None, value: float | None) -> dict[
 
 for kind, (whose, _, profiles) in KINDS.items():
     for term, name in NAMES.items():
+        slips: list[tuple[str, str, str | None, float | None]]
         slips = [(f"{kind}{name}-without-a-weight", f"loss_{term} of {whose} has no weight.", None, None)]
         slips += [(f"{kind}{name}-weighs-nothing", f"loss_{term} of {whose} weighs 0.", None, 0.0)]
         for o in (t for t in NAMES if t != term):

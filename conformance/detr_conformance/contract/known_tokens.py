@@ -55,6 +55,16 @@ def _last_only(rows: Tensor) -> Tensor:
     return (at == last).to(rows.dtype) * rows
 
 
+def _first(count: int) -> Callable[[Tensor], Tensor]:
+    return lambda rows: rows * (rows.cumsum(1) <= count)
+
+
+def _of_class(target: Target, labels: Tensor) -> Tensor:
+    """The tokens of other classes of the image's own prompt."""
+    names = target["positive_map"]
+    return names[labels.clamp(0, len(names) - 1)]
+
+
 def _filled(rows: Tensor) -> Tensor:
     first, last, at = _ends(rows)
     return ((at >= first) & (at <= last)).to(rows.dtype)
@@ -111,6 +121,24 @@ def _last_token(y: Tensor) -> None:
 
 for name, sentence, formulas in (
     ("only-the-last-token-is-positive", "Only the last token of a class is a positive.", _rows(_last_only)),
+    ("only-the-first-two-tokens-are-positive", "Only the first two tokens of a class are positives.", _rows(_first(2))),
+    ("only-the-first-three-tokens-are-positive", "Only the first three tokens of a class are positives.",
+     _rows(_first(3))),
+    ("first-of-several-tokens-left-out", "The first of several tokens of a class is no positive.",
+     _rows(lambda r: torch.where(r.sum(1, keepdim=True) > 1, r - r * (r.cumsum(1) == 1), r))),
+    ("only-the-ends-are-positive", "Only the first and the last token of a class are positives.",
+     _rows(lambda r: torch.maximum(_first(1)(r), _last_only(r)))),
+    ("every-token-is-positive", "Matched queries aim at every token of the text.", _rows(torch.ones_like)),
+    ("tokens-of-the-last-target", "Every matched query of an image gets the tokens of its last target.",
+     _rows(pick=lambda target, pairs, size: target["token_labels"][-1:].expand(len(pairs), -1))),
+    ("tokens-of-the-next-target", "Every matched query gets the tokens of the target after its own.",
+     _rows(pick=lambda target, pairs, size: target["token_labels"].roll(-1, 0)[pairs.target])),
+    ("tokens-of-the-class-above", "Labels are shifted up by one in the prompt.",
+     _rows(pick=lambda target, pairs, size: _of_class(target, target["labels"][pairs.target] + 1))),
+    ("tokens-of-the-class-below", "Labels are taken as counted from 1 in the prompt.",
+     _rows(pick=lambda target, pairs, size: _of_class(target, target["labels"][pairs.target] - 1))),
+    ("tokens-of-the-prompts-first-class", "Every matched query gets the tokens of the prompt's first class.",
+     _rows(pick=lambda target, pairs, size: _of_class(target, target["labels"][pairs.target] * 0))),
     ("span-filled", "The gap between two tokens of a class is filled: all from the first to the last.", _rows(_filled)),
     ("span-one-token-too-long", "The span of a class reaches one token too far.", _rows(_longer)),
     ("span-one-token-too-early", "The span of a class begins one token too early.", _rows(_earlier)),
@@ -175,6 +203,52 @@ def _positives_only(book: Textbook, x: Tensor, y: Tensor, inside: Tensor) -> Ten
     own = (y.amax(0, keepdim=True) > 0) & inside
     total: Tensor = book.focal_term(x[own], y[own]).sum()
     return total
+
+
+def _pooled(pool: Callable[[Tensor, Tensor], Tensor]) -> dict[str, Any]:
+    """A focal loss over classes, whose logits [Q,K] are pooled from those of their tokens; K an image's own."""
+
+    def focal_loss(
+        book: Textbook, layer: Layer, targets: Any, matches: Sequence[Pairs], nb: Tensor, mask: Tensor | None
+    ) -> Tensor:
+        total = torch.zeros((), dtype=torch.float64)
+        for x, t, m in zip(layer.logits, targets, matches, strict=True):
+            names = t["positive_map"] > 0
+            pooled = pool(x[:, None].masked_fill(~names, 0), names) if len(names) else x[:, :0]
+            y = torch.zeros_like(pooled)
+            y[m.query, t["labels"][m.target]] = 1
+            total = total + book.focal_term(pooled, y)[:, names.any(1)].sum()
+        return total / book.class_divisor(nb, matches)
+
+    return {"focal_loss": focal_loss}
+
+
+for name, sentence, formulas in (
+    ("class-loss-of-the-largest-token", "Token logits are max-pooled to one logit a class of the prompt.",
+     _pooled(lambda x, own: x.masked_fill(~own, -torch.inf).amax(-1))),
+    ("class-loss-of-the-mean-token", "Token logits are averaged to one logit a class of the prompt.",
+     _pooled(lambda x, own: x.sum(-1) / own.sum(-1).clamp(min=1))),
+    ("class-loss-of-the-summed-tokens", "Token logits are summed to one logit a class of the prompt.",
+     _pooled(lambda x, own: x.sum(-1))),
+    ("class-loss-of-the-first-token", "A class of the prompt has the logit of its first token.",
+     _pooled(lambda x, own: (x * (own & (own.cumsum(-1) == 1))).sum(-1))),
+):  # fmt: skip
+    known(
+        every_token_of_the_class_is_a_positive, name, sentence, fix="keep the logits of tokens apart", **formulas
+    )  # fmt: skip
+
+
+def _mean_logit(book: Textbook, x: Tensor, y: Tensor, inside: Tensor) -> Tensor:
+    mean = torch.where(inside, x, 0).sum(-1) / inside.sum(-1).clamp(min=1)
+    total: Tensor = book.focal_term(mean, y.amax(-1)).sum()
+    return total
+
+
+known(
+    every_token_of_the_class_is_a_positive, "tokens-pooled-to-their-mean",
+    "A query's token logits are averaged to one logit before the loss.", fix="keep the logits of tokens apart",
+    focal_image=_mean_logit,
+)  # fmt: skip
 
 
 for name, sentence, formula in (
