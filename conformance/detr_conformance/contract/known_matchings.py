@@ -118,9 +118,9 @@ def _numbered(queries: bool) -> Callable[..., Pairs]:
 
 for check, name, sentence, change in (
     (the_assignment_is_optimal, "rows-of-the-solver-taken-for-the-first-queries",
-     "The solver's columns alone are kept, and its rows taken for the queries 0, 1, …", _numbered(queries=True)),
+     "The solver's columns alone are kept, and its rows taken for queries counted from 0.", _numbered(queries=True)),
     (of_too_many_targets_the_best_are_matched, "rows-of-the-solver-taken-for-the-first-targets",
-     "The solver of the transposed costs gives its columns alone, and its rows are taken for the targets 0, 1, …",
+     "The solver of the transposed costs gives its columns alone, and its rows are taken for targets counted from 0.",
      _numbered(queries=False)),
     (the_assignment_is_optimal, "targets-one-place-on", "Every query gets the target after its own.",
      lambda before, book, costs: (lambda m: Pairs(m.query, m.target.roll(-1)))(before(costs))),
