@@ -371,6 +371,16 @@ def _contested(case: Case, rng: Generator) -> Case:
     return _on_target_boxes(case, close)
 
 
+def _mask_with_holes(case: Case, rng: Generator) -> Case:
+    """text_mask leaves out what is no class's: the first token and those that separate names, or some of them."""
+    if "text_mask" not in case.outputs:
+        return case
+    named = torch.stack([t["positive_map"].amax(0) > 0 for t in case.targets])
+    left_out = ~named & torch.from_numpy(rng.random(named.shape) < 0.7)
+    left_out[:, 0] = True  # a prompt of one class has nothing that separates names
+    return replace(case, outputs={**case.outputs, "text_mask": case.outputs["text_mask"] & ~left_out})
+
+
 def _masked_infinite(case: Case, rng: Generator) -> Case:
     """Logits outside text_mask are −inf, as Grounding DINO's text head leaves them."""
     if "text_mask" not in case.outputs:
@@ -389,6 +399,7 @@ EDITS: Final[Mapping[str, Callable[[Case, Generator], Case]]] = {
     "exact boxes": _exact_boxes,
     "end classes": _end_classes,
     "contested": _contested,
+    "mask with holes": _mask_with_holes,
     "masked -inf": _masked_infinite,
 }
 

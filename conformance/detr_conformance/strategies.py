@@ -55,7 +55,7 @@ def ordinary(draw: Callable[[SearchStrategy[T]], T]) -> Recipe:
         tokens=pick(st.sampled_from(range(6, 12))),
         logits=pick(st.sampled_from(("normal", "normal", "grid"))),
         boxes=pick(st.sampled_from(("plain", "plain", "grid", "overhang"))),
-        edits=pick(_edits("contested", "end classes", "masked -inf")),
+        edits=pick(_edits("contested", "end classes", "mask with holes", "masked -inf")),
         options=pick(st.sampled_from(((), _COEFS))),
     )
 
@@ -106,7 +106,7 @@ def unequal(draw: Callable[[SearchStrategy[T]], T]) -> Recipe:
         aux=pick(st.sampled_from((1, 2))),
         encoder_queries=pick(st.sampled_from(range(3, 7))),
         tokens=11,
-        edits=pick(_edits("masked -inf")),
+        edits=pick(_edits("mask with holes", "masked -inf")),
     )
 
 

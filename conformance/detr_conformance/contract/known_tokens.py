@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -293,7 +294,26 @@ def _without_end(which: int) -> Callable[[Tensor], Tensor]:
     return change
 
 
+def _as_length(mask: Tensor) -> Tensor:
+    return torch.arange(mask.shape[1]) < mask.sum(1, keepdim=True)
+
+
+def _up_to_the_last(mask: Tensor) -> Tensor:
+    return mask.flip(1).cummax(1).values.flip(1)
+
+
+def _up_to_the_first_hole(mask: Tensor) -> Tensor:
+    begun = mask.cummax(1).values
+    return mask & ~(begun & ~mask).cummax(1).values
+
+
 for check, name, sentence, change in (
+    (tokens_outside_the_mask_have_no_part, "text-mask-taken-for-its-length",
+     "As many leading tokens take part as text_mask has true ones, wherever these are.", _as_length),
+    (tokens_outside_the_mask_have_no_part, "text-mask-without-its-holes",
+     "All tokens up to the last one of text_mask take part, also those that it leaves out.", _up_to_the_last),
+    (every_token_of_the_class_is_a_positive, "text-cut-at-the-first-hole-of-the-mask",
+     "The text is taken to end where text_mask first leaves a token out.", _up_to_the_first_hole),
     (tokens_outside_the_mask_have_no_part, "text-mask-inverted", "text_mask is read as a padding mask: inverted.",
      lambda m: ~m),
     (tokens_outside_the_mask_have_no_part, "text-mask-of-any-image",
@@ -311,6 +331,20 @@ for check, name, sentence, change in (
      lambda m: m & (torch.arange(m.shape[1]) < int(m[0].sum()))),
 ):  # fmt: skip
     known(check, name, sentence, fix="each image's own text_mask, True where a token is", around=_masks(change))
+
+
+def _packed(before: Callable[..., Any], book: Textbook, outputs: Any) -> list[Layer]:
+    """Logits with the tokens of text_mask first, which moves them where the mask has holes."""
+    order = (~outputs["text_mask"].bool()).int().argsort(dim=1, stable=True)[:, None]
+    return [replace(x, logits=x.logits.gather(2, order.expand_as(x.logits))) for x in before(outputs)]
+
+
+known(
+    every_token_of_the_class_is_a_positive, "tokens-counted-inside-the-mask",
+    "Logits are selected by text_mask, and the tokens of a class then looked up by their place in the whole text.",
+    fix="select targets by text_mask as well",
+    around={"layers": _packed} | _masks(_as_length),
+)  # fmt: skip
 
 
 def _filling(value: float) -> Callable[..., Tensor]:
