@@ -158,7 +158,7 @@ def _loss(at: _Judged, term: str, layer: str, stored: str) -> list[str]:
     if math.isfinite(got) and abs(got - want) <= allowed:
         return []
     if not at.decided(layer) and term in ("ce", "bbox", "giou"):
-        for b in range(len(at.case.counts)):
+        for b in (b for b, count in enumerate(at.case.counts) if count):
             more, slack = at.seen.excess(layer, b)
             if more > slack:
                 return [f"{key}: the matching of image {b} costs {number(more)} more than the least"]

@@ -15,6 +15,7 @@ from functools import cache
 from typing import Any, Final
 
 from detr_conformance.registry import Check, checks, clauses, faults
+from detr_conformance.stored import corpus
 from detr_reference.options import PROFILES
 
 REFERENCE: Final = "detr_reference.criterion"
@@ -186,7 +187,7 @@ def work(task: Task) -> Outcome:
     decided: dict[str, None] = {}
     failed: dict[str, None] = {}
     raised: dict[str, None] = {}
-    for case in _cases(task.experiment, task.profile):
+    for case in _in_order(task):
         seen = own[0].on.observe(bound, case)
         for check in own:
             wrong = [c for c in judged(check, seen) if _noted(decided, check) and not c.ok]
@@ -198,6 +199,15 @@ def work(task: Task) -> Outcome:
             break
     only_raised = tuple(name for name in raised if name not in failed)
     return Outcome(task, tuple(decided), tuple(failed), only_raised)
+
+
+def _in_order(task: Task) -> list[Any]:
+    """The cases of the task's experiment, those first that are known to kill its fault."""
+    cases, stored = _cases(task.experiment, task.profile), corpus().of(task.experiment, task.profile)
+    if len(cases) != len(stored):
+        return cases
+    kills = [task.who in one.kills[task.profile] for one in stored]
+    return [cases[i] for i in sorted(range(len(cases)), key=lambda i: not kills[i])]
 
 
 def _noted(decided: dict[str, None], check: Check) -> bool:

@@ -62,7 +62,7 @@ def ordinary(draw: Callable[[SearchStrategy[T]], T]) -> Recipe:
 
 @st.composite
 def odd(draw: Callable[[SearchStrategy[T]], T]) -> Recipe:
-    """Images without targets, more targets than queries, a single query, copies and exact boxes."""
+    """Images without targets, more targets than queries, a single query, copies, exact boxes and tiny ones."""
     pick: Any = draw
     return Recipe(
         seed=pick(_SEEDS),
@@ -71,7 +71,7 @@ def odd(draw: Callable[[SearchStrategy[T]], T]) -> Recipe:
         classes=pick(st.sampled_from((1, 2, 3, 4))),
         aux=pick(st.sampled_from((0, 1))),
         encoder_queries=pick(st.sampled_from((0, 1, 5))),
-        boxes=pick(st.sampled_from(("plain", "grid", "overhang"))),
+        boxes=pick(st.sampled_from(("plain", "grid", "overhang", "tiny"))),
         edits=pick(_edits("copied target", "copied query", "exact boxes", "end classes", "masked -inf")),
     )
 

@@ -403,6 +403,19 @@ known(
 )  # fmt: skip
 
 
+def _of_final_where_equal(book: Textbook, layer: Layer, every: Sequence[Layer], targets: Any) -> list[Pairs]:
+    same = layer.name == "enc" and layer.boxes.shape[1] == every[0].boxes.shape[1]
+    found: list[Pairs] = book.match(every[0] if same else layer, targets)
+    return found
+
+
+known(
+    encoder_outputs_have_their_own_matching, "final-matching-for-an-encoder-of-as-many-queries",
+    "Encoder outputs are trained with the final layer's matching where they have as many queries.",
+    fix="call the matcher on the encoder outputs", layer_match=_of_final_where_equal,
+)  # fmt: skip
+
+
 # --- what the matcher returns ---
 
 

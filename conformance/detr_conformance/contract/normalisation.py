@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from detr_conformance.cases import Case
 from detr_conformance.contract.boxes import (
     corners_are_half_a_side_from_the_centre,
     loss_giou_is_one_minus_giou_of_the_pair,
@@ -184,16 +185,21 @@ NORM_3 = clause(
 )
 
 
+def _tells(case: Case) -> bool:
+    """True where there are fewer matches than targets, or fewer targets than images."""
+    return case.total > 0 and (any(n > case.queries for n in case.counts) or case.total < len(case.counts))
+
+
 @check(NORM_3, on=EDGES, component="L1", after=[loss_bbox_is_the_sum_of_l1_over_nb])
 def nb_counts_targets_not_matches(seen: Seen) -> Iterator[Comparison]:
-    if seen.case.total and any(n > seen.case.queries for n in seen.case.counts):
+    if _tells(seen.case):
         matched = sum(map(len, seen.pairs["final"]))
         yield from value(seen, "bbox", "final", f"{matched} pairs, divided by all {seen.case.total} targets")
 
 
 @check(NORM_3, on=EDGES, component="GIoU", after=[loss_giou_is_the_sum_over_nb])
 def nb_of_loss_giou_counts_targets_not_matches(seen: Seen) -> Iterator[Comparison]:
-    if seen.case.total and any(n > seen.case.queries for n in seen.case.counts):
+    if _tells(seen.case):
         matched = sum(map(len, seen.pairs["final"]))
         yield from value(seen, "giou", "final", f"{matched} pairs, divided by all {seen.case.total} targets")
 
