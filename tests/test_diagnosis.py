@@ -121,11 +121,6 @@ def test_an_unknown_mistake_gets_no_name(clause, formulas):
     [
         ("NORM-1", {"l1": lambda book, a, b: ((a - b).abs() ** 1.3).sum(-1)}, "raised to the power 1.3."),
         ("CLS-5", {"focusing": lambda book, z: (-z).sigmoid() ** 1.7}, "γ is 1.7, whatever is configured."),
-        (
-            "NORM-1",
-            {"loss_giou": lambda book, a, b, nb: 0.35 * (1 - book.giou(a, b)).sum() / nb},
-            "0.35 times as large.",
-        ),
     ],
 )
 def test_a_mistake_of_one_number_is_named_with_it(clause, formulas, sentence):
