@@ -42,7 +42,17 @@ _OTHER_COEFS: Final = (
 )
 
 
-DUELS: Final = ("class", "bbox", "giou", "all", "other weights", "other loss weights", "other focal", "only class")
+DUELS: Final = (
+    "class",
+    "bbox",
+    "giou",
+    "all",
+    "other weights",
+    "other loss weights",
+    "other focal",
+    "only class",
+    "all of two",
+)
 
 
 def duel_case(seed: int, kind: str, options: Options, varies: frozenset[str]) -> Case:
@@ -51,7 +61,7 @@ def duel_case(seed: int, kind: str, options: Options, varies: frozenset[str]) ->
     ``kind``: ``class``, ``bbox`` or ``giou`` switches the other two costs off (or, where the candidate does not let
     the weights vary, gives both queries what makes the others equal), with two targets, since a single one cannot tell
     a cost from its logarithm; ``only class`` is ``class`` with a single class, and one target, since two of it would
-    cost the same; ``all`` weighs the three as configured; ``other weights`` draws the three weights; ``other loss
+    cost the same; ``all`` weighs the three as configured, ``all of two`` of two targets; ``other weights`` draws the three weights; ``other loss
     weights`` and ``other focal`` leave the matching weights and change the loss weights, or α and γ. The gap lies
     between 2e-3 and 2e-2, a thousand times the rounding of float32 and less than what a wrong cost moves.
     """
@@ -79,7 +89,7 @@ def duel_case(seed: int, kind: str, options: Options, varies: frozenset[str]) ->
     logits, boxes, targets, masks = [], [], [], []
     for image in range(3):
         prompt = draw_prompt(rng, o.num_classes, tokens, image)
-        count = 2 if kind in ("class", "bbox", "giou") else 1
+        count = 2 if kind in ("class", "bbox", "giou", "all of two") else 1
         target = draw_target(rng, Recipe(seed, (count,), 2), o, count, prompt)
         if count == 2 and kind == "class":
             target = _distinct_labels(target, o)

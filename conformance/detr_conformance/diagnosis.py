@@ -17,7 +17,7 @@ from detr_conformance.bench import BEHAVIOUR, RIGHT, Bench, Suspects
 from detr_conformance.budget import budget
 from detr_conformance.candidate import Bound
 from detr_conformance.cases import Case
-from detr_conformance.experiments import BATCH, CONFIGURED, DUELS, EDGES, Experiment
+from detr_conformance.experiments import BATCH, CONFIGURED, DUELS, EDGES, MOVED, Experiment
 from detr_conformance.findings import Diagnosis
 from detr_conformance.footprints import HERE, MATCHED, OWN, Atom, Atoms, Probe, composed, equal
 from detr_conformance.observation import observe
@@ -63,6 +63,8 @@ class Diagnoser:
         else:
             searches = [at[MATCHED].singles, at[OWN].singles]
         found = next((found for search in searches if (found := search())), [])
+        if not found and at[HERE].forms_alone:
+            found = [(f,) for f in self._by_behaviour(check, [p.seen for p in failing], spent)]
         return _diagnosis(found, len(at[HERE].probes)) if found else None
 
     # --- what is no matter of numbers that one call returns ---
@@ -153,13 +155,14 @@ def _agrees(theirs: Atoms, wrong: Atoms, right: Atoms) -> bool:
 
 
 def _behaviour(seen: Seen, profile: str, check: Check) -> dict[Any, Any]:
-    """What the checks of the experiment say of an observation; and whether its first call was right."""
+    """What the checks of the experiment say of an observation, whether its first call was right, what it changed."""
     found: dict[Any, Any] = {"right": seen.raised or all(seen.agrees(t, "final") for t in TERMS)}
     for own in checks(profile):
         for one in judged(own, seen) if own.on is check.on else ():
-            about = own.name, one.what.split(", ", 1)[-1]  # whichever loss it is of, since what is logged is free
+            what = re.sub(r"^the logged \w+", "what is logged", one.what.split(", ", 1)[-1])  # which is free
+            about = own.name, what
             found[about] = found.get(about, True) and one.ok
-    return found | {"changed": _kind(seen.got.changed)}
+    return found | {"changed": _kind(seen.got.changed), MOVED: seen.remarks.get(MOVED)}
 
 
 def _kind(change: str) -> tuple[str, ...]:

@@ -102,6 +102,14 @@ class Search:
         """True where the candidate's own numbers differ from the textbook's on the first input."""
         return bool(self.failing) and bool(self.wrong)
 
+    @property
+    def forms_alone(self) -> bool:
+        """True where no number of a trained loss, a weight or a gradient is wrong: names and forms alone are."""
+        trained = {key for keys in self.failing[0].seen.case.sums.values() for key in keys} if self.failing else set()
+        return bool(self.failing) and not any(
+            a[0] in ("grad", "weight") or (a[0] == "loss" and a[1] in trained) for a in self.wrong
+        )
+
     @cached_property
     def wrong(self) -> frozenset[Atom]:
         """Where they differ, gradients aside; or where the gradients do."""

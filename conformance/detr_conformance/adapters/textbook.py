@@ -32,7 +32,12 @@ class BookCriterion:
 
     def __init__(self, book: Textbook) -> None:
         book.refuse_weights()
-        self.book, self.weight_dict, self.training = book, book.weights(), True
+        self.book, self.training = book, True
+
+    @property
+    def weight_dict(self) -> dict[str, float]:
+        """The weights of the book, which a fault may change from call to call."""
+        return self.book.weights()
 
     def __call__(self, outputs: Mapping[str, Any], targets: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """All losses, in the dtype of the outputs and on their device."""

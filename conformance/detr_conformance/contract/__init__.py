@@ -44,6 +44,7 @@ CHAPTERS: Final = (
     "known_batches",
     "known_parts",
     "known_numbers",
+    "known_soft_targets",
 )
 
 

@@ -121,7 +121,7 @@ COST_1 = clause(
 
 @check(COST_1, on=DUELS, component="matching costs", after=AFTER, takes_raising=True)
 def the_cost_is_the_weighted_sum_of_the_three(seen: Seen) -> Iterator[Comparison]:
-    yield from _duel(seen, "all", "other weights")
+    yield from _duel(seen, "all", "all of two", "other weights")
 
 
 @check(COST_1, on=DUELS, component="matching costs", after=AFTER)

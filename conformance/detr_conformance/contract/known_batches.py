@@ -10,14 +10,16 @@ import torch
 from torch import Tensor
 
 from detr_conformance.contract.classification import (
+    an_image_without_targets_is_background,
     every_query_and_channel_is_trained,
     loss_ce_is_the_weighted_mean_of_all_queries,
 )
 from detr_conformance.contract.matching import (
     every_image_has_an_assignment_of_its_own,
     no_query_and_no_target_is_matched_twice,
+    order_does_not_matter,
 )
-from detr_conformance.contract.normalisation import loss_bbox_is_the_sum_of_l1_over_nb
+from detr_conformance.contract.normalisation import class_losses_of_a_batch_add_up, loss_bbox_is_the_sum_of_l1_over_nb
 from detr_conformance.contract.numbers import loss_giou_is_precise
 from detr_conformance.contract.tokens import every_image_uses_its_own_prompt
 from detr_conformance.registry import DETR, EVERY, FOCAL, TEXT, Check, known
@@ -142,6 +144,50 @@ for id, sentence, around in (
 ):  # fmt: skip
     known(
         loss_bbox_is_the_sum_of_l1_over_nb, id, sentence, fix="index predictions by image and query", around=around
+    )  # fmt: skip
+
+
+def _compact(matches: Sequence[Pairs]) -> list[int]:
+    """For each image the one that its predictions are taken from: a number too low by the empty images before it."""
+    full = [len(m) > 0 for m in matches]
+    return [sum(full[:b]) for b in range(len(full))]
+
+
+def _compact_boxes(before: Callable[..., Any], book: Textbook, layer: Layer, targets: Any, matches: Any) -> Any:
+    return before(replace(layer, boxes=layer.boxes[_compact(matches)]), targets, matches)
+
+
+def _compact_classes(
+    before: Callable[..., Tensor], book: Textbook, layer: Layer, targets: Any, matches: Any, *rest: Any
+) -> Tensor:
+    moved = {i: b for b, i in enumerate(_compact(matches)) if len(matches[b])}
+    rows = [{**t, **{k: targets[moved[i]][k] for k in LABELS if k in t}} if i in moved else t
+            for i, t in enumerate(targets)]  # fmt: skip
+    none = torch.zeros(0, dtype=torch.int64)
+    return before(
+        layer, rows, [matches[moved[i]] if i in moved else Pairs(none, none) for i in range(len(rows))], *rest
+    )
+
+
+for id, sentence, around in (
+    ("images-without-targets-shift-the-batch", "Predictions are indexed by a count of the images that have targets: "
+     "after an empty image they are those of an earlier one.",
+     {"matched_boxes": _compact_boxes, "loss_ce": _compact_classes}),
+    ("images-without-targets-shift-the-boxes", "Predicted boxes are indexed by a count of the images that have "
+     "targets: after an empty image they are those of an earlier one.", {"matched_boxes": _compact_boxes}),
+):  # fmt: skip
+    known(order_does_not_matter, id, sentence, fix="index predictions by image and query", around=around)
+
+for check, suffix, profiles in (
+    (an_image_without_targets_is_background, "", DETR),
+    (class_losses_of_a_batch_add_up, "-of-the-focal-loss", FOCAL),
+    (every_image_uses_its_own_prompt, "-of-the-prompt", TEXT),
+):
+    known(
+        check, f"images-without-targets-shift-the-classes{suffix}",
+        "Class targets are placed by a count of the images that have targets: after an empty image they are those of "
+        "a later one.", fix="index predictions by image and query", profiles=profiles,
+        around={"loss_ce": _compact_classes},
     )  # fmt: skip
 
 # --- targets that are dropped ---

@@ -17,7 +17,7 @@ from detr_conformance.contract.boxes import (
     loss_giou_is_one_minus_giou_of_the_pair,
 )
 from detr_conformance.contract.gradients import boxes_get_the_textbook_gradient
-from detr_conformance.contract.known_corners import giou_of, hull_sides, of_corners
+from detr_conformance.contract.known_corners import giou_of, hull_sides, iou_of, of_corners
 from detr_conformance.contract.normalisation import (
     loss_bbox_is_the_sum_of_l1_over_nb,
     loss_giou_is_the_sum_over_nb,
@@ -49,15 +49,13 @@ def _sides(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _diou(book: Textbook, a: Tensor, b: Tensor) -> Tensor:
-    common = book.intersection(a, b)
     gap = ((a[..., :2] + a[..., 2:] - b[..., :2] - b[..., 2:]) / 2).square().sum(-1)
-    value: Tensor = book.share(common, book.union(a, b, common)) - book.share(gap, hull_sides(a, b).square().sum(-1))
+    value: Tensor = iou_of(book, a, b) - book.share(gap, hull_sides(a, b).square().sum(-1))
     return value
 
 
 def _ciou(book: Textbook, a: Tensor, b: Tensor) -> Tensor:
-    common = book.intersection(a, b)
-    iou = book.share(common, book.union(a, b, common))
+    iou = iou_of(book, a, b)
     angles = [torch.atan((c[..., 2] - c[..., 0]) / (c[..., 3] - c[..., 1])) for c in (a, b)]
     v = 4 / math.pi**2 * (angles[0] - angles[1]) ** 2
     return _diou(book, a, b) - (v / (1 - iou + v + 1e-7)).detach() * v

@@ -61,6 +61,12 @@ def giou_of(book: Textbook, a: Tensor, b: Tensor) -> Tensor:
     return value
 
 
+def iou_of(book: Textbook, a: Tensor, b: Tensor) -> Tensor:
+    common = book.intersection(a, b)
+    value: Tensor = book.share(common, book.union(a, b, common))
+    return value
+
+
 def hull_sides(a: Tensor, b: Tensor) -> Tensor:
     return torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2])
 

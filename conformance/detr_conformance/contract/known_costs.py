@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -14,10 +16,10 @@ from detr_conformance.contract.costs import (
     the_cost_is_the_weighted_sum_of_the_three,
     the_l1_cost_is_the_sum_of_four_differences,
 )
-from detr_conformance.contract.known_corners import GUARDS, as_they_are, of_corners
+from detr_conformance.contract.known_corners import GUARDS, as_they_are, giou_of, iou_of, of_corners
 from detr_conformance.registry import EVERY, known
 from detr_reference.options import options_of
-from detr_reference.textbook import Textbook
+from detr_reference.textbook import Layer, Textbook
 
 Target = Mapping[str, Tensor]
 
@@ -53,51 +55,15 @@ for name, sentence, weights in (
     ("cost-weights-are-all-one", "All three terms weigh 1, whatever is configured.", lambda o: (1, 1, 1)),
     ("cost-weights-are-fixed", "The three weights are the family's, whatever is configured.",
      lambda o: (CLASS(o), BBOX(o), GIOU(o))),
-    ("class-cost-weighs-one", "The class term weighs 1, whatever is configured.",
-     lambda o: (1, o.set_cost_bbox, o.set_cost_giou)),
-    ("class-cost-weighs-two", "The class term weighs 2, whatever is configured.",
-     lambda o: (2, o.set_cost_bbox, o.set_cost_giou)),
-    ("l1-cost-weighs-five", "The L1 term weighs 5, whatever is configured.",
-     lambda o: (o.set_cost_class, 5, o.set_cost_giou)),
-    ("l1-cost-weighs-one", "The L1 term weighs 1, whatever is configured.",
-     lambda o: (o.set_cost_class, 1, o.set_cost_giou)),
-    ("giou-cost-weighs-two", "The GIoU term weighs 2, whatever is configured.",
-     lambda o: (o.set_cost_class, o.set_cost_bbox, 2)),
-    ("giou-cost-weighs-one", "The GIoU term weighs 1, whatever is configured.",
-     lambda o: (o.set_cost_class, o.set_cost_bbox, 1)),
     ("cost-weights-applied-twice", "Every weight is applied twice.",
      lambda o: (o.set_cost_class**2, o.set_cost_bbox**2, o.set_cost_giou**2)),
     ("cost-weight-zero-means-one", "A weight of 0 falls back to 1: `weight or 1`.",
      lambda o: (o.set_cost_class or 1, o.set_cost_bbox or 1, o.set_cost_giou or 1)),
     ("cost-weight-zero-means-the-default", "A weight of 0 falls back to the family's: `weight or default`.",
      lambda o: (o.set_cost_class or CLASS(o), o.set_cost_bbox or BBOX(o), o.set_cost_giou or GIOU(o))),
-    ("class-cost-weight-zero-means-one", "A class weight of 0 falls back to 1: `weight or 1`.",
-     lambda o: (o.set_cost_class or 1, o.set_cost_bbox, o.set_cost_giou)),
-    ("l1-cost-weight-zero-means-one", "An L1 weight of 0 falls back to 1: `weight or 1`.",
-     lambda o: (o.set_cost_class, o.set_cost_bbox or 1, o.set_cost_giou)),
-    ("giou-cost-weight-zero-means-one", "A GIoU weight of 0 falls back to 1: `weight or 1`.",
-     lambda o: (o.set_cost_class, o.set_cost_bbox, o.set_cost_giou or 1)),
     ("cost-of-the-class-alone", "The boxes have no part in the matching cost.", lambda o: (o.set_cost_class, 0, 0)),
     ("cost-of-l1-alone", "The L1 distance alone is the matching cost.", lambda o: (0, o.set_cost_bbox, 0)),
     ("cost-of-giou-alone", "The GIoU alone is the matching cost.", lambda o: (0, 0, o.set_cost_giou)),
-    ("l1-takes-the-cost-weight-of-giou", "The L1 term takes the GIoU's weight.",
-     lambda o: (o.set_cost_class, o.set_cost_giou, o.set_cost_giou)),
-    ("giou-takes-the-cost-weight-of-l1", "The GIoU term takes the L1 distance's weight.",
-     lambda o: (o.set_cost_class, o.set_cost_bbox, o.set_cost_bbox)),
-    ("class-takes-the-cost-weight-of-l1", "The class term takes the L1 distance's weight.",
-     lambda o: (o.set_cost_bbox, o.set_cost_bbox, o.set_cost_giou)),
-    ("class-takes-the-cost-weight-of-giou", "The class term takes the GIoU's weight.",
-     lambda o: (o.set_cost_giou, o.set_cost_bbox, o.set_cost_giou)),
-    ("l1-takes-the-cost-weight-of-the-class", "The L1 term takes the class's weight.",
-     lambda o: (o.set_cost_class, o.set_cost_class, o.set_cost_giou)),
-    ("giou-takes-the-cost-weight-of-the-class", "The GIoU term takes the class's weight.",
-     lambda o: (o.set_cost_class, o.set_cost_bbox, o.set_cost_class)),
-    ("class-weighed-by-its-loss-weight", "The class term is weighted with the loss weight.",
-     lambda o: (o.ce_loss_coef, o.set_cost_bbox, o.set_cost_giou)),
-    ("l1-weighed-by-its-loss-weight", "The L1 term is weighted with the loss weight.",
-     lambda o: (o.set_cost_class, o.bbox_loss_coef, o.set_cost_giou)),
-    ("giou-weighed-by-its-loss-weight", "The GIoU term is weighted with the loss weight.",
-     lambda o: (o.set_cost_class, o.set_cost_bbox, o.giou_loss_coef)),
     ("cost-without-the-class", "The matching cost leaves the class out.",
      lambda o: (0, o.set_cost_bbox, o.set_cost_giou)),
     ("cost-without-giou", "The matching cost leaves the GIoU out.",
@@ -106,21 +72,74 @@ for name, sentence, weights in (
      lambda o: (o.set_cost_class, -o.set_cost_bbox, o.set_cost_giou)),
     ("class-raises-the-cost", "The class enters the cost with the wrong sign: the right class is avoided.",
      lambda o: (-o.set_cost_class, o.set_cost_bbox, o.set_cost_giou)),
-    ("l1-cost-counts-half", "The L1 term counts half.",
-     lambda o: (o.set_cost_class, o.set_cost_bbox / 2, o.set_cost_giou)),
-    ("l1-cost-counts-twice", "The L1 term counts twice.",
-     lambda o: (o.set_cost_class, 2 * o.set_cost_bbox, o.set_cost_giou)),
-    ("giou-cost-counts-half", "The GIoU term counts half.",
-     lambda o: (o.set_cost_class, o.set_cost_bbox, o.set_cost_giou / 2)),
-    ("class-cost-counts-half", "The class term counts half.",
-     lambda o: (o.set_cost_class / 2, o.set_cost_bbox, o.set_cost_giou)),
-    ("class-cost-counts-twice", "The class term counts twice.",
-     lambda o: (2 * o.set_cost_class, o.set_cost_bbox, o.set_cost_giou)),
 ):  # fmt: skip
-    check = the_cost_is_the_weighted_sum_of_the_three
-    if "weight-zero" in name:  # shows where that weight is 0
-        check = the_l1_cost_is_the_sum_of_four_differences if name.startswith("giou") else giou_lowers_the_cost
+    check = giou_lowers_the_cost if "weight-zero" in name else the_cost_is_the_weighted_sum_of_the_three
     known(check, name, sentence, fix=_OWN, cost=_weighted(weights))
+
+TERMS = {
+    "class": ("the class term", "set_cost_class", "ce_loss_coef"),
+    "l1": ("the L1 term", "set_cost_bbox", "bbox_loss_coef"),
+    "giou": ("the GIoU term", "set_cost_giou", "giou_loss_coef"),
+}
+
+
+def _one(place: int, weight: Callable[[Any], float]) -> Callable[[Any], tuple[float, ...]]:
+    """The configured weights, but for one term."""
+
+    def weights(o: Any) -> tuple[float, ...]:
+        own = [getattr(o, name) for _, name, _ in TERMS.values()]
+        return *own[:place], weight(o), *own[place + 1 :]
+
+    return weights
+
+
+for place, (term, (whose, own, loss)) in enumerate(TERMS.items()):
+    for name, sentence, weight in (
+        (f"{term}-cost-weighs-one", "weighs 1, whatever is configured.", lambda o: 1),
+        (f"{term}-cost-weighs-two", "weighs 2, whatever is configured.", lambda o: 2),
+        (f"{term}-cost-weighs-five", "weighs 5, whatever is configured.", lambda o: 5),
+        (f"{term}-cost-counts-half", "counts half.", lambda o, own=own: getattr(o, own) / 2),
+        (f"{term}-cost-counts-twice", "counts twice.", lambda o, own=own: getattr(o, own) * 2),
+        (f"{term}-weighed-by-its-loss-weight", "is weighted with the loss weight.", attrgetter(loss)),
+        (f"{term}-cost-weight-zero-means-one", "weighs 1 where its weight is 0: `weight or 1`.",
+         lambda o, own=own: getattr(o, own) or 1),
+        *((f"{term}-takes-the-cost-weight-of-{'the-class' if other == 'class' else other}", f"takes {theirs}'s weight.",
+           attrgetter(name)) for other, (theirs, name, _) in TERMS.items() if other != term),
+    ):  # fmt: skip
+        check = the_cost_is_the_weighted_sum_of_the_three
+        if "weight-zero" in name:  # shows where that weight is 0, which one experiment has
+            check = the_l1_cost_is_the_sum_of_four_differences if term == "giou" else giou_lowers_the_cost
+        known(check, name, f"{whose.capitalize()} {sentence}", fix=_OWN, cost=_weighted(_one(place, weight)))
+
+
+def _shared(term: str, count: Callable[[int, int, int], int]) -> dict[str, Any]:
+    """A term of the cost divided by a count of an image's targets, those of the batch, or the queries."""
+
+    def match(before: Any, book: Textbook, layer: Layer, targets: Sequence[Target]) -> Any:
+        total = sum(len(t["boxes"]) for t in targets)
+
+        def cost(inner: Textbook, x: Tensor, boxes: Tensor, target: Target) -> Tensor:
+            by = max(count(len(target["boxes"]), total, len(boxes)), 1)
+            o = book.o.with_(**{TERMS[term][1]: getattr(book.o, TERMS[term][1]) / by})
+            found: Tensor = book.under(o).cost(x, boxes, target)
+            return found
+
+        return before.func(replace(book, cost=cost), layer, targets)
+
+    return {"match": match}
+
+
+for term, (whose, _, _) in TERMS.items():
+    for name, what, count in (
+        ("the-targets-of-the-image", "the number of targets of the image", lambda n, total, q: n),
+        ("the-targets-of-the-batch", "the number of targets of the batch", lambda n, total, q: total),
+        ("the-queries", "the number of queries", lambda n, total, q: q),
+    ):
+        known(
+            the_cost_is_the_weighted_sum_of_the_three, f"{term}-cost-divided-by-{name}",
+            f"{whose.capitalize()} of the cost is divided by {what}.", fix="the cost of a pair is of that pair alone",
+            around=_shared(term, count),
+        )  # fmt: skip
 
 
 def _with(l1: Callable[..., Tensor] | None = None, giou: Callable[..., Tensor] | None = None) -> Callable[..., Tensor]:
@@ -138,26 +157,12 @@ def _with(l1: Callable[..., Tensor] | None = None, giou: Callable[..., Tensor] |
     return cost
 
 
-def _iou(book: Textbook, pred: Tensor, wanted: Tensor) -> Tensor:
-    a, b = book.corners(pred), book.corners(wanted)
-    common = book.intersection(a, b)
-    value: Tensor = book.share(common, book.union(a, b, common))
-    return value
-
-
-def _as_corners(book: Textbook, pred: Tensor, wanted: Tensor) -> Tensor:
-    common = book.intersection(pred, wanted)
-    union, hull = book.union(pred, wanted, common), book.enclosing(pred, wanted)
-    value: Tensor = book.share(common, union) - book.share(hull - union, hull)
-    return value
-
-
 for name, sentence, giou in (
-    ("iou-in-the-cost", "IoU instead of GIoU in the cost alone.", _iou),
+    ("iou-in-the-cost", "IoU instead of GIoU in the cost alone.", of_corners(iou_of)),
     ("giou-floored-in-the-cost", "A negative GIoU is set to 0 in the cost alone.",
      lambda book, a, b: book.giou(a, b).clamp(min=0)),
     ("giou-in-the-cost-never-converted", "The GIoU of the cost is that of (cx, cy, w, h) taken for corners.",
-     _as_corners),
+     giou_of),
     ("giou-in-the-cost-without-sign", "The cost takes the absolute value of the GIoU.",
      lambda book, a, b: book.giou(a, b).abs()),
     ("giou-squared-in-the-cost", "The cost takes GIoU².", lambda book, a, b: book.giou(a, b).square()),
@@ -175,7 +180,7 @@ for of, whose, sides in (("target", "Target boxes", ("target",)), ("prediction",
     known(
         giou_lowers_the_cost, f"giou-in-the-cost-never-converted-of-the-{of}",
         f"{whose} are taken for corners already in the GIoU of the cost.", fix="subtract the GIoU of the corners",
-        cost=_with(giou=of_corners(_as_corners, **dict.fromkeys(sides, as_they_are))),
+        cost=_with(giou=of_corners(giou_of, **dict.fromkeys(sides, as_they_are))),
     )  # fmt: skip
 
 
@@ -205,7 +210,7 @@ for whom, whose, sides in (
         known(
             giou_lowers_the_cost, name + whom, f"{whose} {sentence} in the GIoU of the cost alone.",
             fix="subtract the GIoU of the corners",
-            cost=_with(giou=of_corners(_as_corners, **dict.fromkeys(sides, corners))),
+            cost=_with(giou=of_corners(giou_of, **dict.fromkeys(sides, corners))),
         )  # fmt: skip
 
 for name, sentence, l1 in (

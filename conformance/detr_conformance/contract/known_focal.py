@@ -181,7 +181,7 @@ def _focal(value: Callable[..., Tensor]) -> dict[str, Any]:
     return {"focal_term": focal_term}
 
 
-def _bce(x: Tensor, y: Tensor) -> Tensor:
+def bce(x: Tensor, y: Tensor) -> Tensor:
     return y * minus_log_sigmoid(x) + (1 - y) * minus_log_sigmoid(-x)
 
 
@@ -195,33 +195,33 @@ for name, sentence, formulas in (
     ("focused-on-the-easy", "p_t^γ instead of (1 − p_t)^γ: the easy entries weigh most.",
      {"focusing": lambda book, z: z.sigmoid() ** book.o.focal_gamma}),
     ("negatives-not-focused", "Only positives have the factor (1 − p_t)^γ.",
-     _focal(lambda p, q, y, g, a, x: a * (y * q**g + (1 - y)) * _bce(x, y))),
+     _focal(lambda p, q, y, g, a, x: a * (y * q**g + (1 - y)) * bce(x, y))),
     ("positives-not-focused", "Only negatives have the factor (1 − p_t)^γ.",
-     _focal(lambda p, q, y, g, a, x: a * (y + (1 - y) * p**g) * _bce(x, y))),
+     _focal(lambda p, q, y, g, a, x: a * (y + (1 - y) * p**g) * bce(x, y))),
     ("miss-of-a-positive-for-all", "(1 − p)^γ for positives and negatives alike.",
-     _focal(lambda p, q, y, g, a, x: a * q**g * _bce(x, y))),
+     _focal(lambda p, q, y, g, a, x: a * q**g * bce(x, y))),
     ("miss-of-a-negative-for-all", "p^γ for positives and negatives alike.",
-     _focal(lambda p, q, y, g, a, x: a * p**g * _bce(x, y))),
+     _focal(lambda p, q, y, g, a, x: a * p**g * bce(x, y))),
     ("alpha-inside-the-focusing-factor", "p_t is exp(−α_t·BCE): α is inside the focusing factor.",
-     _focal(lambda p, q, y, g, a, x: a * (1 - (-a * _bce(x, y)).exp()) ** g * _bce(x, y))),
+     _focal(lambda p, q, y, g, a, x: a * (1 - (-a * bce(x, y)).exp()) ** g * bce(x, y))),
     ("quality-focal-loss", "Quality focal loss: |y − p|^γ without α.",
-     _focal(lambda p, q, y, g, a, x: (y - p).abs() ** g * _bce(x, y))),
+     _focal(lambda p, q, y, g, a, x: (y - p).abs() ** g * bce(x, y))),
     ("varifocal-loss", "Varifocal loss with hard targets: positives weigh 1, negatives 0.75·p^γ.",
-     _focal(lambda p, q, y, g, a, x: (y + (1 - y) * 0.75 * p.detach() ** g) * _bce(x, y))),
+     _focal(lambda p, q, y, g, a, x: (y + (1 - y) * 0.75 * p.detach() ** g) * bce(x, y))),
     ("varifocal-loss-by-alpha", "Varifocal loss with hard targets: positives weigh 1, negatives α·p^γ.",
      {"focal_term": lambda book, x, y: (
          (y > 0).double() + (y <= 0).double() * book.o.focal_alpha * x.sigmoid().detach() ** book.o.focal_gamma
-     ) * _bce(x, (y > 0).double())}),
+     ) * bce(x, (y > 0).double())}),
     ("alpha-and-gamma-exchanged", "α and γ arrive in each other's place.",
      {"focal_term": lambda book, x, y: torch.where(y > 0, book.o.focal_gamma, 1 - book.o.focal_gamma).double()
-      * (-torch.where(y > 0, x, -x)).sigmoid() ** book.o.focal_alpha * _bce(x, (y > 0).double())}),
+      * (-torch.where(y > 0, x, -x)).sigmoid() ** book.o.focal_alpha * bce(x, (y > 0).double())}),
 ):  # fmt: skip
     check = the_class_loss_is_a_sum if name == "quality-focal-loss" else the_focusing_factor_has_the_configured_gamma
     known(check, name, sentence, fix="(1 − p_t)^γ on every entry", **formulas)
 
 known(
     alpha_weighs_positives, "plain-binary-cross-entropy", "Plain binary cross-entropy: neither α nor γ.",
-    fix="α_t·(1 − p_t)^γ·(−log p_t)", **_focal(lambda p, q, y, g, a, x: _bce(x, y)),
+    fix="α_t·(1 − p_t)^γ·(−log p_t)", **_focal(lambda p, q, y, g, a, x: bce(x, y)),
 )  # fmt: skip
 
 for name, sentence, formulas in (
@@ -229,11 +229,11 @@ for name, sentence, formulas in (
      _focal(lambda p, q, y, g, a, x: a * torch.where(y > 0, q, p) ** g * (p - y) ** 2)),
     ("sigmoid-applied-twice", "The sigmoid is applied twice: the focal loss takes probabilities for logits.",
      {"focal_term": lambda book, x, y: book.alpha_weight(y) * book.focusing(torch.where(y > 0, x, -x))
-      * _bce(x.sigmoid(), (y > 0).double())}),
+      * bce(x.sigmoid(), (y > 0).double())}),
     ("focal-loss-of-probabilities", "The whole focal loss is taken of sigmoid(x), as if that were a logit.",
      {"focal_image": lambda book, x, y, inside: book.focal_term(x[inside].sigmoid(), y[inside]).sum()}),
     ("focal-loss-in-binary-digits", "Logarithms to base 2.",
-     _focal(lambda p, q, y, g, a, x: a * torch.where(y > 0, q, p) ** g * _bce(x, y) / 0.6931471805599453)),
+     _focal(lambda p, q, y, g, a, x: a * torch.where(y > 0, q, p) ** g * bce(x, y) / 0.6931471805599453)),
     ("hinge-in-place-of-the-logarithm", "A hinge max(0, 1 ∓ x) in place of the logarithm.",
      _focal(lambda p, q, y, g, a, x: a * torch.where(y > 0, q, p) ** g * (1 - x * (2 * y - 1)).clamp(min=0))),
     ("focal-loss-smoothed-by-a-hundredth", "Label smoothing of 0.01.",
@@ -249,7 +249,7 @@ for name, sentence, formulas in (
 
 
 def _soft(y: Tensor, p: Tensor, q: Tensor, g: float, a: Tensor, x: Tensor) -> Tensor:
-    return a * (1 - (p * y + q * (1 - y))) ** g * _bce(x, y)
+    return a * (1 - (p * y + q * (1 - y))) ** g * bce(x, y)
 
 
 def _softmax_focal(book: Textbook, x: Tensor, y: Tensor, inside: Tensor) -> Tensor:

@@ -73,6 +73,8 @@ for name, sentence, of in (
     ("class-loss-of-one-dimension", "The class losses are vectors of one number.", "loss_ce"),
     ("l1-loss-of-one-dimension", "The L1 losses are vectors of one number.", "loss_bbox"),
     ("giou-loss-of-one-dimension", "The GIoU losses are vectors of one number.", "loss_giou"),
+    ("box-losses-of-one-dimension", "The box losses are vectors of one number.", ("loss_bbox", "loss_giou")),
+    ("all-losses-of-one-dimension", "All losses are vectors of one number.", ("loss_ce", "loss_bbox", "loss_giou")),
 ):
     known(
         every_trained_loss_is_a_scalar_tensor, name, sentence, fix="sum over all dimensions",
@@ -88,6 +90,12 @@ for name, sentence, around in (
     ("no-losses-without-targets", "A batch without targets gets no losses at all.", _of_empty(lambda x: {})),
     ("no-class-loss-without-targets", "A batch without targets gets no class loss.",
      _of_empty(lambda x: {k: v for k, v in x.items() if not k.startswith("loss_ce")})),
+    ("no-l1-without-targets", "A batch without targets gets no L1 loss.",
+     _of_empty(lambda x: {k: v for k, v in x.items() if not k.startswith("loss_bbox")})),
+    ("no-giou-without-targets", "A batch without targets gets no GIoU loss.",
+     _of_empty(lambda x: {k: v for k, v in x.items() if not k.startswith("loss_giou")})),
+    ("final-losses-alone-without-targets", "A batch without targets gets the final losses alone.",
+     _of_empty(lambda x: {k: v for k, v in x.items() if not _trained(k) or k.count("_") == 1})),
     ("losses-of-zero-are-left-out", "A loss that is 0 is left out.",
      _losses(lambda x, t: {k: v for k, v in x.items() if float(v.detach()) or not _trained(k)})),
 ):  # fmt: skip
@@ -292,12 +300,27 @@ for term, name in (("mask", "loss_mask"), ("dice", "loss_dice")):
     for id, sentence, value in (
         (f"{term}-loss-without-a-weight", f"{name} alone has no weight.", None),
         (f"{term}-loss-weighs-nothing", f"{name} weighs 0.", 0.0),
+        (f"{term}-loss-weighs-one", f"{name} weighs 1, whatever is configured.", 1.0),
     ):
         known(
             mask_losses_have_their_weights, id, sentence, fix="add loss_mask and loss_dice to weight_dict",
             around=_weights(lambda x, o, name=name, value=value: {
                 k: w for k, w in (x | ({name: value} if name in x else {})).items() if w is not None}),
         )  # fmt: skip
+
+for id, sentence, around in (
+    ("mask-weights-exchanged", "The weights of loss_mask and loss_dice change places.",
+     _weights(lambda x, o: x | {k: w for k, w in (("loss_mask", o.dice_loss_coef), ("loss_dice", o.mask_loss_coef))
+                                if k in x})),
+    ("dice-takes-the-weight-of-the-mask-loss", "loss_dice takes loss_mask's weight.",
+     _weights(lambda x, o: x | ({"loss_dice": o.mask_loss_coef} if "loss_dice" in x else {}))),
+    ("mask-loss-takes-the-weight-of-dice", "loss_mask takes loss_dice's weight.",
+     _weights(lambda x, o: x | ({"loss_mask": o.dice_loss_coef} if "loss_mask" in x else {}))),
+):  # fmt: skip
+    known(
+        mask_losses_have_their_weights, id, sentence, fix="mask_loss_coef for loss_mask, dice_loss_coef for loss_dice",
+        around=around,
+    )  # fmt: skip
 
 for name, profiles in (("class_error", DETR | FOCAL), ("cardinality_error", EVERY)):
     known(

@@ -1,4 +1,4 @@
-"""Known mistakes of the class loss in auxiliary or encoder outputs alone, and the checks that see them."""
+"""Known mistakes of single losses in auxiliary or encoder outputs alone, and the checks that see them."""
 
 from __future__ import annotations
 
@@ -9,11 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from detr_conformance.contract.gradients import boxes_get_the_textbook_gradient, logits_get_the_textbook_gradient
 from detr_conformance.contract.layers import (
+    a_layer_moves_its_own_losses_only,
     an_auxiliary_layer_is_trained_like_the_final_one,
+    class_error_is_for_the_final_layer,
     encoder_outputs_are_trained_on_their_class_targets,
+    encoder_outputs_have_their_own_matching,
 )
-from detr_conformance.registry import DETR, FOCAL, TEXT, known
+from detr_conformance.registry import DETR, EVERY, FOCAL, TEXT, known
 from detr_reference.textbook import Layer, Textbook, textbook
 
 
@@ -120,3 +124,128 @@ known(
     fix="multiply the mean by the layer's own number of queries", profiles=FOCAL | TEXT,
     around={"losses": _times_the_decoders_queries},
 )  # fmt: skip
+
+# --- single losses on another layer's predictions ---
+
+
+def _aux(layers: list[Layer]) -> list[Layer]:
+    return [x for x in layers if x.name.startswith("aux")]
+
+
+def _borrowed(source: Callable[[list[Layer]], list[Layer]], key: str, terms: tuple[str, ...]) -> dict[str, Any]:
+    """Some losses of auxiliary layers, computed on the logits or boxes of other layers; all else is their own."""
+
+    def losses(before: Any, book: Textbook, outputs: Any, *rest: Any) -> Any:
+        every = book.layers(outputs)
+        other = {x.name: y for x, y in zip(_aux(every), source(every) if _aux(every) else [], strict=True)}
+
+        def layer_losses(inner: Textbook, layer: Layer, *given: Any) -> dict[str, Tensor]:
+            found: dict[str, Tensor] = book.layer_losses(layer, *given)
+            if layer.name not in other:
+                return found
+            wrong = book.layer_losses(replace(layer, **{key: getattr(other[layer.name], key)}), *given)
+            return {k: wrong[k] if k.startswith(terms) else v for k, v in found.items()}
+
+        return before.func(replace(book, layer_losses=layer_losses), outputs, *rest)
+
+    return {"losses": losses}
+
+
+for name, whose, source in (
+    ("final-layer", "the final layer", lambda x: [x[0]] * len(_aux(x))),
+    ("layer-before", "the layer before them", lambda x: [_aux(x)[0], *_aux(x)[:-1]]),
+    ("layer-after", "the layer after them", lambda x: [*_aux(x)[1:], x[0]]),
+    ("first-layer", "the first layer", lambda x: _aux(x)[:1] * len(_aux(x))),
+    ("last-auxiliary-layer", "the last auxiliary layer", lambda x: _aux(x)[-1:] * len(_aux(x))),
+):
+    for loss, terms, key in (
+        ("class-loss", ("loss_ce",), "logits"),
+        ("l1", ("loss_bbox",), "boxes"),
+        ("giou-loss", ("loss_giou",), "boxes"),
+        ("box-losses", ("loss_bbox", "loss_giou"), "boxes"),
+    ):
+        known(
+            a_layer_moves_its_own_losses_only, f"auxiliary-{loss}-of-the-{name}",
+            f"{' and '.join(terms)} of auxiliary layers, matched on their own, are of the {key} of {whose}.",
+            fix="hand every layer its own predictions", around=_borrowed(source, key, terms),
+        )  # fmt: skip
+
+# --- single losses without a gradient ---
+
+
+def _constant(of: str, term: str) -> dict[str, Any]:
+    def layer_losses(before: Callable[..., Any], book: Textbook, layer: Layer, *rest: Any) -> Any:
+        found = before(layer, *rest)
+        return {k: v.detach() if k.startswith(term) else v for k, v in found.items()} if layer.name == of[:5] or (
+            of != "final" and layer.name.startswith(of)) else found  # fmt: skip
+
+    return {"layer_losses": layer_losses}
+
+
+for of, whose, profiles in (("final", "final", EVERY), ("aux", "auxiliary", EVERY), ("enc", "encoder", FOCAL | TEXT)):
+    for loss, term, check in (
+        ("class-loss", "loss_ce", logits_get_the_textbook_gradient),
+        ("l1", "loss_bbox", boxes_get_the_textbook_gradient),
+        ("giou-loss", "loss_giou", boxes_get_the_textbook_gradient),
+    ):
+        known(
+            check, f"{whose}-{loss}-without-gradient", f"{term} of {whose} outputs has its value, and no gradient.",
+            fix="do not detach what is trained", profiles=profiles, around=_constant(of, term),
+        )  # fmt: skip
+
+# --- class targets ---
+
+
+def _blank(targets: Any) -> Any:
+    return [{**t, "labels": torch.zeros_like(t["labels"])} for t in targets]
+
+
+def _of_class_zero(of: str, matched: bool, trained: bool) -> dict[str, Any]:
+    """Layers matched, or trained, as if every target were of class 0."""
+
+    def layer_match(before: Callable[..., Any], book: Textbook, layer: Layer, every: Any, targets: Any) -> Any:
+        return before(layer, every, _blank(targets) if layer.name.startswith(of) else targets)
+
+    def layer_losses(before: Callable[..., Any], book: Textbook, layer: Layer, targets: Any, *rest: Any) -> Any:
+        return before(layer, _blank(targets) if layer.name.startswith(of) else targets, *rest)
+
+    return {"layer_match": layer_match} if not trained else (
+        {"layer_losses": layer_losses} if not matched else {"layer_match": layer_match, "layer_losses": layer_losses}
+    )  # fmt: skip
+
+
+for of, whose, check, profiles in (
+    ("aux", "auxiliary", an_auxiliary_layer_is_trained_like_the_final_one, DETR | FOCAL),
+    ("enc", "encoder", encoder_outputs_are_trained_on_their_class_targets, frozenset({"dino"})),
+):
+    for id, sentence, matched, trained in (
+        ("outputs-aim-at-class-zero", "are matched with and trained on class 0, whatever the targets' classes", True,
+         True),
+        ("outputs-are-matched-with-class-zero", "are matched with class 0, and trained on the real classes", True,
+         False),
+        ("outputs-are-trained-on-class-zero", "are matched with the real classes, and trained on class 0", False, True),
+    ):  # fmt: skip
+        known(
+            encoder_outputs_have_their_own_matching if of == "enc" and not trained else check,
+            f"{whose}-{id}", f"{whose.capitalize()} outputs {sentence}.", fix="use the targets' own classes",
+            profiles=profiles, around=_of_class_zero(of, matched, trained),
+        )  # fmt: skip
+
+# --- what is logged ---
+
+
+def _class_errors(of: str) -> dict[str, Any]:
+    def logged(before: Callable[..., Any], book: Textbook, every: list[Layer], *rest: Any) -> Any:
+        found = before(every, *rest)
+        wrong = found.get("class_error", every[0].logits.new_tensor(100.0))
+        return found | {f"class_error{x.suffix}": wrong for x in every if x.name.startswith(of)}
+
+    return {"logged": logged}
+
+
+for of, whose, profiles in (("aux", "auxiliary", EVERY), ("enc", "encoder", FOCAL | TEXT)):
+    known(
+        class_error_is_for_the_final_layer, f"class-error-of-{whose}-outputs",
+        f"class_error is logged for {whose} outputs too.", fix="log it for the final layer only", profiles=profiles,
+        around=_class_errors(of),
+    )  # fmt: skip

@@ -22,7 +22,9 @@ from detr_conformance.contract.classification import (
 from detr_conformance.contract.denoising import positives_reconstruct_the_boxes_of_their_targets
 from detr_conformance.contract.gradients import boxes_get_the_textbook_gradient, logits_get_the_textbook_gradient
 from detr_conformance.contract.keys import denoising_losses_have_their_weights, every_trained_loss_has_its_weight
-from detr_conformance.contract.known_softmax import with_logits
+from detr_conformance.contract.known_corners import iou_of, of_corners
+from detr_conformance.contract.known_focal import bce
+from detr_conformance.contract.known_softmax import nll, with_logits
 from detr_conformance.contract.layers import (
     an_auxiliary_layer_is_trained_like_the_final_one,
     encoder_outputs_are_trained_on_their_class_targets,
@@ -30,7 +32,7 @@ from detr_conformance.contract.layers import (
 from detr_conformance.contract.normalisation import loss_bbox_is_the_sum_of_l1_over_nb, loss_giou_is_the_sum_over_nb
 from detr_conformance.contract.numbers import loss_giou_is_precise, the_class_loss_is_precise
 from detr_conformance.registry import DETR, EVERY, FOCAL, TEXT, varied
-from detr_reference.textbook import Layer, Textbook, minus_log_sigmoid
+from detr_reference.textbook import Layer, Textbook
 
 ENCODER = SIGMOID = FOCAL | TEXT
 FACTOR = (1e-3, 1e3)
@@ -40,10 +42,6 @@ Around = dict[str, Callable[..., Any]]
 def _times(*names: str) -> Callable[[float], Around]:
     """Formulas multiplied."""
     return lambda v: dict.fromkeys(names, lambda before, book, *rest: v * before(*rest))
-
-
-def _bce(x: Tensor, y: Tensor) -> Tensor:
-    return y * minus_log_sigmoid(x) + (1 - y) * minus_log_sigmoid(-x)
 
 
 def _float32(value: float) -> float:
@@ -56,15 +54,8 @@ def _float32(value: float) -> float:
 
 def _softmax(value: Callable[[Tensor, Tensor], Tensor]) -> Around:
     """A negative log-likelihood of another kind, from the log-likelihoods [B·Q,K+1] and the classes [B·Q]."""
-
-    def softmax_loss(before: Any, book: Textbook, layer: Layer, targets: Any, matches: Any) -> Tensor:
-        images = zip(layer.logits, targets, matches, strict=True)
-        y = torch.cat([book.softmax_class_target(x, t, m) for x, t, m in images])
-        w = book.class_weight(y)
-        total: Tensor = (w * value(layer.logits.flatten(0, 1).log_softmax(-1), y)).sum()
-        return total / book.softmax_divisor(w, targets)
-
-    return {"softmax_loss": softmax_loss}
+    formula = nll(lambda x, y, k: value(x.log_softmax(-1), y))["softmax_loss"]
+    return {"softmax_loss": lambda before, *rest: formula(*rest)}
 
 
 def _own(log: Tensor, y: Tensor) -> Tensor:
@@ -87,7 +78,7 @@ def _aiming(aim: Callable[[Tensor, float], Tensor]) -> Callable[[float], Around]
     def around(v: float) -> Around:
         def value(x: Tensor, y: Tensor, a: float, g: float) -> Tensor:
             soft = aim(y, v)
-            return _term(x.sigmoid(), (-x).sigmoid(), soft, a, g, _bce(x, soft))
+            return _term(x.sigmoid(), (-x).sigmoid(), soft, a, g, bce(x, soft))
 
         return _focal(value)
 
@@ -268,37 +259,31 @@ def _widened(pred: bool, target: bool) -> Callable[[float], Around]:
     return lambda v: {"giou": lambda before, book, a, b: before(wide(a, v) if pred else a, wide(b, v) if target else b)}
 
 
-for check, id, sentence, usual, span, around, profiles in (
+_iou = of_corners(iou_of)
+OWN = "I/U − (H − U)/H of the boxes as they are"
+
+for check, id, sentence, usual, span, around, fix in (
     (loss_giou_is_the_sum_over_nb, "giou-loss-times-a-number", "loss_giou is {0:g} times as large.", 3.0, FACTOR,
-     _times("loss_giou"), EVERY),
+     _times("loss_giou"), "Σ(1 − GIoU) over the pairs, divided by nb"),
     (loss_giou_is_the_sum_over_nb, "giou-loss-to-a-power", "(1 − GIoU)^{0:g} instead of 1 − GIoU.", 1.5, (0.25, 4.0),
-     lambda v: {"loss_giou": lambda before, book, a, b, nb: ((1 - book.giou(a, b)) ** v).sum() / nb}, EVERY),
+     lambda v: {"loss_giou": lambda before, book, a, b, nb: ((1 - book.giou(a, b)) ** v).sum() / nb},
+     "Σ(1 − GIoU) over the pairs, divided by nb"),
     (loss_giou_is_one_minus_giou_of_the_pair, "hull-term-times-a-number", "(H − U)/H is multiplied by {0:g}.", 0.7,
-     FACTOR, lambda v: {"giou": lambda before, book, a, b: v * before(a, b) + (1 - v) * _iou(book, a, b)}, EVERY),
+     FACTOR, lambda v: {"giou": lambda before, book, a, b: v * before(a, b) + (1 - v) * _iou(book, a, b)}, OWN),
     (loss_giou_is_one_minus_giou_of_the_pair, "giou-with-a-number-in-its-denominators",
-     "{0:g} is added to both denominators of the GIoU.", 1e-3, (1e-9, 0.5), _denominators(True, True), EVERY),
+     "{0:g} is added to both denominators of the GIoU.", 1e-3, (1e-9, 0.5), _denominators(True, True), OWN),
     (loss_giou_is_one_minus_giou_of_the_pair, "iou-with-a-number-in-its-denominator",
      "{0:g} is added to the union alone, not to the enclosing box.", 1e-3, (1e-9, 0.5), _denominators(True, False),
-     EVERY),
+     OWN),
     (loss_giou_is_one_minus_giou_of_the_pair, "hull-with-a-number-in-its-denominator",
      "{0:g} is added to the enclosing box alone, not to the union.", 1e-3, (1e-9, 0.5), _denominators(False, True),
-     EVERY),
+     OWN),
     (loss_giou_is_precise, "sides-of-at-least-a-number", "Sides below {0:g} are widened to it in the GIoU.", 0.02,
-     (1e-3, 0.3), _widened(True, True), EVERY),
+     (1e-3, 0.3), _widened(True, True), OWN),
     (loss_giou_is_precise, "predicted-sides-of-at-least-a-number",
-     "Predicted sides below {0:g} are widened to it in the GIoU.", 0.02, (1e-3, 0.3), _widened(True, False), EVERY),
+     "Predicted sides below {0:g} are widened to it in the GIoU.", 0.02, (1e-3, 0.3), _widened(True, False), OWN),
 ):  # fmt: skip
-    varied(
-        check, id, sentence, usual=usual, span=span, around=around, profiles=profiles,
-        fix="I/U − (H − U)/H of the boxes as they are",
-    )  # fmt: skip
-
-
-def _iou(book: Textbook, pred: Tensor, target: Tensor) -> Tensor:
-    a, b = book.corners(pred), book.corners(target)
-    common = book.intersection(a, b)
-    found: Tensor = book.share(common, book.union(a, b, common))
-    return found
+    varied(check, id, sentence, usual=usual, span=span, around=around, profiles=EVERY, fix=fix)
 
 
 # --- nb, layers, gradients, weights ---

@@ -232,7 +232,7 @@ def with_logits(change: Callable[[Tensor, int], Tensor]) -> dict[str, Any]:
     }
 
 
-def _nll(value: Callable[[Tensor, Tensor, int], Tensor]) -> dict[str, Any]:
+def nll(value: Callable[[Tensor, Tensor, int], Tensor]) -> dict[str, Any]:
     """A negative log-likelihood of another kind, from logits [B·Q,K+1] and classes [B·Q]."""
 
     def softmax_loss(book: Textbook, layer: Layer, targets: Any, matches: Sequence[Pairs]) -> Tensor:
@@ -246,7 +246,7 @@ def _nll(value: Callable[[Tensor, Tensor, int], Tensor]) -> dict[str, Any]:
 
 
 def _smoothed(share: float) -> dict[str, Any]:
-    return _nll(
+    return nll(
         lambda x, y, k: (1 - share) * -x.log_softmax(-1).gather(-1, y[:, None])[:, 0]
         - share * x.log_softmax(-1).mean(-1)
     )  # fmt: skip
@@ -258,26 +258,26 @@ def _real_channels(x: Tensor, y: Tensor, k: int) -> Tensor:
 
 
 def _within(eps: float) -> dict[str, Any]:
-    return _nll(lambda x, y, k: -(x.softmax(-1).gather(-1, y[:, None])[:, 0] + eps).log())
+    return nll(lambda x, y, k: -(x.softmax(-1).gather(-1, y[:, None])[:, 0] + eps).log())
 
 
 for name, sentence, formulas in (
     ("cross-entropy-of-probabilities", "The softmax is applied twice: cross-entropy of probabilities.",
-     _nll(lambda x, y, k: -x.softmax(-1).log_softmax(-1).gather(-1, y[:, None])[:, 0])),
+     nll(lambda x, y, k: -x.softmax(-1).log_softmax(-1).gather(-1, y[:, None])[:, 0])),
     ("binary-cross-entropy-of-the-channels", "Binary cross-entropy over the channels instead of a softmax.",
-     _nll(lambda x, y, k: F.binary_cross_entropy_with_logits(
+     nll(lambda x, y, k: F.binary_cross_entropy_with_logits(
          x, F.one_hot(y, k + 1).to(x.dtype), reduction="none").sum(-1))),
     ("binary-cross-entropy-of-the-mean", "Binary cross-entropy averaged over the channels instead of a softmax.",
-     _nll(lambda x, y, k: F.binary_cross_entropy_with_logits(
+     nll(lambda x, y, k: F.binary_cross_entropy_with_logits(
          x, F.one_hot(y, k + 1).to(x.dtype), reduction="none").mean(-1))),
     ("no-object-left-out-of-the-softmax", "Matched queries leave no object out of their softmax.",
-     _nll(_real_channels)),
+     nll(_real_channels)),
     ("label-smoothing-of-a-tenth", "Label smoothing of 0.1.", _smoothed(0.1)),
     ("label-smoothing-of-a-hundredth", "Label smoothing of 0.01.", _smoothed(0.01)),
     ("cross-entropy-with-1e-2-in-its-logarithm", "1e-2 is added inside the logarithm.", _within(1e-2)),
     ("cross-entropy-with-1e-3-in-its-logarithm", "1e-3 is added inside the logarithm.", _within(1e-3)),
     ("probability-instead-of-its-logarithm", "−p instead of −log p.",
-     _nll(lambda x, y, k: -x.softmax(-1).gather(-1, y[:, None])[:, 0])),
+     nll(lambda x, y, k: -x.softmax(-1).gather(-1, y[:, None])[:, 0])),
 ):  # fmt: skip
     known(
         loss_ce_is_the_weighted_mean_of_all_queries, name, sentence, fix="−log_softmax(x)[y] of the logits", **formulas
@@ -304,6 +304,6 @@ known(
 known(
     logits_get_the_textbook_gradient, "no-object-channel-without-gradient",
     "The no-object channel of matched queries gets no gradient.", fix="compute the class loss on the logits themselves",
-    profiles=DETR, **_nll(lambda x, y, k: -torch.where(
+    profiles=DETR, **nll(lambda x, y, k: -torch.where(
         (y < k)[:, None] & (torch.arange(k + 1) == k), x.detach(), x).log_softmax(-1).gather(-1, y[:, None])[:, 0]),
 )  # fmt: skip

@@ -8,11 +8,12 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 
 from detr_conformance.contract.compare import holds
 from detr_conformance.denoised import BESIDE_DENOISING, DINO
-from detr_conformance.experiments import AFRESH, AGAIN, EMPTIED, NEW, OTHER_SEED, OTHERS, REPEATED
+from detr_conformance.experiments import AFRESH, AGAIN, EMPTIED, MOVED, NEW, OTHER_SEED, OTHERS, REPEATED, REWEIGHED
 from detr_conformance.registry import EVERY, Comparison, check, clause, fault, known
 from detr_conformance.seen import Seen
 from detr_reference.textbook import Textbook
@@ -78,6 +79,8 @@ def earlier_calls_do_not_matter(seen: Seen) -> Iterator[Comparison]:
         yield from _alike(
             seen.twins[AFRESH[name]], seen.twins[name], f"{name}, after other calls", "with a new criterion"
         )
+    differ = seen.remarks.get(REWEIGHED, "")
+    yield holds(not differ, "weight_dict after the calls", "as before", differ or "as before")
 
 
 def _first(kept: dict[int, Any], book: Textbook, value: Any) -> Any:
@@ -100,6 +103,20 @@ def _first_number(kept: dict[int, Any], before: Callable[..., Any], book: Textbo
     return _first(kept, book, before(targets))
 
 
+def _trimmed(kept: dict[int, Any], before: Callable[..., Any], book: Textbook, *args: Any) -> Any:
+    result = before(*args)
+    _first(kept, book, {})["keys"] = set(result.losses)
+    return result
+
+
+def _returned(kept: dict[int, Any], before: Callable[..., Any], book: Textbook) -> dict[str, float]:
+    returned = _first(kept, book, {}).get("keys")
+    return {k: w for k, w in before().items() if returned is None or k in returned}
+
+
+_returns: dict[int, Any] = {}
+
+
 def _first_boxes(
     kept: dict[int, Any], before: Callable[..., Any], book: Textbook, outputs: Any, targets: Any, given: Any
 ) -> Any:
@@ -120,6 +137,8 @@ for name, sentence, seen_in, around in (
     ("target-boxes-of-the-first-call",
      "The target boxes of a criterion's first call are kept for later ones of the same shape.",
      "plausible", {"losses": partial(_first_boxes, {})}),
+    ("weights-of-what-was-returned-alone", "A call takes weights of losses that it did not return from weight_dict.",
+     "plausible", {"losses": partial(_trimmed, _returns), "weights": partial(_returned, _returns)}),
 ):  # fmt: skip
     known(earlier_calls_do_not_matter, name, sentence, fix="keep nothing on self", seen_in=seen_in, around=around)
 
@@ -129,18 +148,23 @@ PURE_3 = clause("PURE-3", "must", EVERY, "The global random state is neither rea
 
 @check(PURE_3, on=REPEATED, component="side effects")
 def the_random_state_is_left_alone(seen: Seen) -> Iterator[Comparison]:
-    moved = seen.remarks.get("random state moved", "")
+    moved = seen.remarks.get(MOVED, "")
     yield holds(not moved, "the global random state after the call", "as before", f"that of {moved} moved")
     if not moved:
         yield from _alike(seen, seen.twins[OTHER_SEED], OTHER_SEED, "the first time")
 
 
-@fault(the_random_state_is_left_alone, fix="use no random numbers, or a generator of your own")
-def random_numbers_are_drawn(book: Textbook) -> Textbook:
-    """The criterion draws random numbers from the global generators."""
+def _drawing(draw: Callable[[], Any], before: Callable[..., Any], book: Textbook, *args: Any) -> Any:
+    draw()
+    return before(*args)
 
-    def act(outputs: Any, targets: Any) -> None:
-        torch.rand(1)
-        random.random()
 
-    return _wrapped(book, act)
+for name, whose, draw in (
+    ("random-numbers-are-drawn", "torch's", lambda: torch.rand(1)),
+    ("pythons-random-numbers-are-drawn", "Python's", random.random),
+    ("numpys-random-numbers-are-drawn", "NumPy's", np.random.rand),
+):
+    known(
+        the_random_state_is_left_alone, name, f"A call draws random numbers from {whose} global generator.",
+        fix="use no random numbers, or a generator of your own", around={"losses": partial(_drawing, draw)},
+    )  # fmt: skip

@@ -15,7 +15,7 @@ from detr_conformance.contract.gradients import (
     every_output_gets_a_gradient_tensor,
 )
 from detr_conformance.elsewhere import RANKS, STUCK
-from detr_conformance.registry import EVERY, Comparison, check, clause, fault
+from detr_conformance.registry import EVERY, Comparison, check, clause, fault, known
 from detr_conformance.seen import Seen
 from detr_reference.textbook import TERMS, Textbook
 
@@ -190,3 +190,15 @@ def constants_on_a_rank_without_targets(book: Textbook) -> Textbook:
         return found if some else {k: torch.zeros_like(v) for k, v in found.items()}
 
     return replace(book, layer_losses=layer_losses)
+
+
+for name, sentence, cut in (
+    ("mean-over-ranks-rounded-down", "The mean over the ranks is an integer division: a fraction is cut off.",
+     torch.floor),
+    ("mean-over-ranks-rounded-up", "The mean over the ranks is rounded up to a whole number.", torch.ceil),
+    ("mean-over-ranks-rounded", "The mean over the ranks is rounded to a whole number.", torch.round),
+):  # fmt: skip
+    known(
+        nb_is_the_mean_over_ranks, name, sentence, fix="divide as floats",
+        around={"over_ranks": lambda before, book, n, cut=cut: cut(before(n))},
+    )  # fmt: skip
