@@ -61,9 +61,10 @@ def duel_case(seed: int, kind: str, options: Options, varies: frozenset[str]) ->
     ``kind``: ``class``, ``bbox`` or ``giou`` switches the other two costs off (or, where the candidate does not let
     the weights vary, gives both queries what makes the others equal), with two targets, since a single one cannot tell
     a cost from its logarithm; ``only class`` is ``class`` with a single class, and one target, since two of it would
-    cost the same; ``all`` weighs the three as configured, ``all of two`` of two targets; ``other weights`` draws the three weights; ``other loss
-    weights`` and ``other focal`` leave the matching weights and change the loss weights, or α and γ. The gap lies
-    between 2e-3 and 2e-2, a thousand times the rounding of float32 and less than what a wrong cost moves.
+    cost the same; ``all`` weighs the three as configured, ``all of two`` for two targets; ``other weights`` draws the
+    three weights; ``other loss weights`` and ``other focal`` leave the matching weights and change the loss weights,
+    or α and γ. The gap lies between 2e-3 and 2e-2, a thousand times the rounding of float32 and less than what a wrong
+    cost moves.
     """
     rng = np.random.default_rng(seed)
     alone = {"class": (1.0, 0.0, 0.0), "bbox": (0.0, 1.0, 0.0), "giou": (0.0, 0.0, 1.0)}

@@ -28,6 +28,7 @@ from detr_conformance.tallies import Tallies, Tally, judged
 from detr_reference.textbook import TERMS
 
 SECONDS: Final = 1.0
+NUMBER: Final = re.compile(r"\d\.\d|\de[-+]?\d")
 
 
 class Diagnoser:
@@ -160,8 +161,8 @@ def _behaviour(seen: Seen, profile: str, check: Check) -> dict[Any, Any]:
     for own in checks(profile):
         for one in judged(own, seen) if own.on is check.on else ():
             what = re.sub(r"^the logged \w+", "what is logged", one.what.split(", ", 1)[-1])  # which is free
-            about = own.name, what
-            found[about] = found.get(about, True) and one.ok
+            if not one.ok and own.clause.level != "information":  # what all is well with differs with what is logged
+                found[own.name, what, "" if NUMBER.search(one.got) else one.got] = False
     return found | {"changed": _kind(seen.got.changed), MOVED: seen.remarks.get(MOVED)}
 
 

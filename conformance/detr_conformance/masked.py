@@ -79,11 +79,11 @@ MADE_MASKS: Final[list[tuple[Recipe, Sizes, tuple[int, int]]]] = [
     (Recipe(206, (2, 0, 1), 4, classes=3, aux=2, encoder_queries=3), ((3, 4), (8, 8), (5, 3)), (4, 4)),
     (Recipe(207, (1, 3), 4, classes=3), ((9, 8), (5, 6)), (4, 5)),
     (Recipe(208, (2, 2), 3, classes=4, aux=1, options=_WEIGHTS), ((3, 3), (4, 2)), (6, 7)),
-    (Recipe(209, (3,), 2, classes=3), ((4, 5),), (2, 3)),
+    (Recipe(209, (3,), 2, classes=3, options=_WEIGHTS), ((4, 5),), (2, 3)),
     (Recipe(210, (4, 1), 2, classes=3), ((3, 4), (5, 5)), (3, 2)),
     (Recipe(211, (1,), 1, classes=2), ((3, 4),), (1, 1)),
     (Recipe(212, (2,), 3, classes=2, options=_WEIGHTS), ((1, 1),), (1, 1)),
-    (Recipe(213, (2, 1), 3, classes=2), ((1, 5), (4, 1)), (2, 3)),
+    (Recipe(213, (2, 1), 3, classes=2, options=_WEIGHTS), ((1, 5), (4, 1)), (2, 3)),
     (Recipe(214, (2, 1), 4, classes=3, logits="confident"), ((4, 5), (6, 4)), (3, 3)),
     (Recipe(215, (2, 1), 4, classes=3, logits="grid"), ((4, 4), (4, 4)), (4, 4)),
 ]

@@ -104,11 +104,12 @@ class Search:
 
     @property
     def forms_alone(self) -> bool:
-        """True where no number of a trained loss, a weight or a gradient is wrong: names and forms alone are."""
-        trained = {key for keys in self.failing[0].seen.case.sums.values() for key in keys} if self.failing else set()
-        return bool(self.failing) and not any(
-            a[0] in ("grad", "weight") or (a[0] == "loss" and a[1] in trained) for a in self.wrong
-        )
+        """True where every loss, weight and gradient that both have is right: names and forms alone are wrong."""
+        if not self.failing:
+            return False
+        theirs, right = self._theirs(self.failing[0]), self._of(self.failing[0], RIGHT)
+        both = {a for a in self.wrong if a[0] in ("loss", "weight") and a in theirs and a in right and not is_log(a)}
+        return not both and all(a[0] != "grad" for a in self.wrong)
 
     @cached_property
     def wrong(self) -> frozenset[Atom]:
@@ -236,8 +237,8 @@ class Search:
             value = self._solved(fault, atom) if fault.at else None
             if value is None:
                 continue
-            for digits in range(1, 8):  # as few as a person would write
-                suspect = (fault.at(float(f"{value:.{digits}g}")),)  # type: ignore[misc]
+            for number in _written(value):
+                suspect = (fault.at(number),)  # type: ignore[misc]
                 found = self._difference(self.failing[0], suspect, slopes=atom[0] == "grad")
                 if found.agrees and atom in found.own:
                     fits = self.fits(suspect) and self.bench.breaks(suspect, self.check, self.failing[0].seen.case)
@@ -407,6 +408,16 @@ def _together(atom: Atom, one: Atoms, two: Atoms, right: Atoms, theirs: Atoms) -
     a, b, r, t = (float(n) if isinstance(n := x.get(atom), (int, float)) else 0.0 for x in (one, two, right, theirs))
     near = 1e-3 * abs(t) + 1e-9
     return abs(a + b - r - t) <= near or (r != 0 and abs(a * b / r - t) <= near)
+
+
+def _written(value: float) -> Iterator[float]:
+    """A number as a person would write it, with as few digits as will do; with few, its neighbours too, since what is
+    found of a threshold is the edge of those that do the same."""
+    for digits in range(1, 8):
+        nearest = float(f"{value:.{digits}g}")
+        yield nearest
+        step = 10.0 ** (math.floor(math.log10(abs(value))) - digits + 1)
+        yield from (float(f"{nearest + s * step:.{digits}g}") for s in (1, -1) if digits <= 2)
 
 
 def _size_of(value: object) -> float | None:

@@ -243,9 +243,9 @@ def _class_errors(of: str) -> dict[str, Any]:
     return {"logged": logged}
 
 
-for of, whose, profiles in (("aux", "auxiliary", EVERY), ("enc", "encoder", FOCAL | TEXT)):
+for of, whose in (("aux", "auxiliary"), ("enc", "encoder")):
     known(
         class_error_is_for_the_final_layer, f"class-error-of-{whose}-outputs",
-        f"class_error is logged for {whose} outputs too.", fix="log it for the final layer only", profiles=profiles,
+        f"class_error is logged for {whose} outputs too.", fix="log it for the final layer only", profiles=FOCAL | TEXT,
         around=_class_errors(of),
     )  # fmt: skip
