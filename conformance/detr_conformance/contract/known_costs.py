@@ -17,7 +17,7 @@ from detr_conformance.contract.costs import (
     the_l1_cost_is_the_sum_of_four_differences,
 )
 from detr_conformance.contract.known_corners import GUARDS, as_they_are, giou_of, iou_of, of_corners
-from detr_conformance.registry import EVERY, known
+from detr_conformance.registry import EVERY, TEXT, known
 from detr_reference.options import options_of
 from detr_reference.textbook import Layer, Textbook
 
@@ -138,6 +138,7 @@ for term, (whose, _, _) in TERMS.items():
         known(
             the_cost_is_the_weighted_sum_of_the_three, f"{term}-cost-divided-by-{name}",
             f"{whose.capitalize()} of the cost is divided by {what}.", fix="the cost of a pair is of that pair alone",
+            profiles=EVERY - TEXT if (term, name) == ("class", "the-targets-of-the-image") else EVERY,
             around=_shared(term, count),
         )  # fmt: skip
 

@@ -105,7 +105,8 @@ def _first_number(kept: dict[int, Any], before: Callable[..., Any], book: Textbo
 
 def _trimmed(kept: dict[int, Any], before: Callable[..., Any], book: Textbook, *args: Any) -> Any:
     result = before(*args)
-    _first(kept, book, {})["keys"] = set(result.losses)
+    own = _first(kept, book, {})
+    own["keys"] = set(result.losses) & own.get("keys", set(result.losses))
     return result
 
 
