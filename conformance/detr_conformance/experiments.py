@@ -18,7 +18,7 @@ from detr_conformance.candidate import Bound
 from detr_conformance.cases import Case, Recipe, build
 from detr_conformance.designed import DUELS as KINDS
 from detr_conformance.designed import contested_case, duel_case, pair_case
-from detr_conformance.observation import gradients_by_layer, observe, weights_of
+from detr_conformance.observation import gradients_by_layer, observe
 from detr_conformance.seen import Seen
 from detr_conformance.stored import Duel, Inputs, Pair, corpus
 from detr_reference.options import Options
@@ -367,7 +367,6 @@ PROMPTS = Experiment("prompts", "text padded and masked", _stored("prompts"), _r
 
 AGAIN, EMPTIED, NEW, OTHER_SEED = "again", "without targets", "with a new criterion", "under another random state"
 MOVED = "random state moved"
-REWEIGHED = "weights after the calls"
 OTHERS = ("with a target less an image", "with other target boxes", "without further layers")
 AFRESH = {name: f"{name}, with a new criterion" for name in OTHERS}
 
@@ -391,7 +390,6 @@ def _again(bound: Bound, case: Case) -> Seen:
         moved_boxes: replace(case, label=f"{case.label}, {moved_boxes}", targets=moved),
         bare: replace(case, label=f"{case.label}, {bare}", outputs=final),
     }
-    weights = weights_of(criterion, bound)
     _seed_everything(1)
     before = _random_states()
     first = called(bound, case, criterion)
@@ -406,14 +404,7 @@ def _again(bound: Bound, case: Case) -> Seen:
     }
     _seed_everything(2)
     twins[OTHER_SEED] = valued(bound, case)
-    kept = weights_of(criterion, bound)
-    remarks = {MOVED: " and ".join(drawn), REWEIGHED: "" if kept == weights else _apart(weights or {}, kept or {})}
-    return replace(first, twins=twins, remarks=remarks)
-
-
-def _apart(old: Mapping[str, float], new: Mapping[str, float]) -> str:
-    """Which weights of two dicts differ."""
-    return ", ".join(f"{k}: {old.get(k)} → {new.get(k)}" for k in sorted({*old, *new}) if old.get(k) != new.get(k))
+    return replace(first, twins=twins, remarks={MOVED: " and ".join(drawn)})
 
 
 def _seed_everything(seed: int) -> None:

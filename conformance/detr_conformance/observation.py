@@ -167,7 +167,7 @@ def _observe(
         odd=odd,
         grads=found,
         attached=frozenset(k for k, v in named.items() if isinstance(v, Tensor) and v.requires_grad),
-        weights=weights_of(criterion, bound),
+        weights=_weights(criterion, bound),
         dtypes={k: v.dtype for k, v in named.items() if isinstance(v, Tensor)},
         changed=changed,
         criterion=criterion,
@@ -194,7 +194,7 @@ def weighted_sum(bound: Bound, case: Case, criterion: Any, returned: Any) -> Ten
     or the options' where it has none. Raises ValueError where there is nothing to sum."""
     if not isinstance(returned, Mapping):
         raise ValueError(f"returned {_what(returned)}, not a dict of losses")
-    own = None if case.options.weighted or not bound.candidate.own_weights else weights_of(criterion, bound)
+    own = None if case.options.weighted or not bound.candidate.own_weights else _weights(criterion, bound)
     weights = textbook.under(case.options).weights() if own is None else own
     named = _named(returned, bound, case)
     parts = [value * weights[key] for key, value in named.items() if key in weights]
@@ -275,16 +275,13 @@ def weighed(bound: Bound, case: Case) -> frozenset[str]:
     or has no weights of its own."""
     try:
         return (
-            frozenset(weights_of(bound.build(case.options), bound) or ())
-            if bound.candidate.own_weights
-            else frozenset()
+            frozenset(_weights(bound.build(case.options), bound) or ()) if bound.candidate.own_weights else frozenset()
         )
     except Exception:
         return frozenset()
 
 
-def weights_of(criterion: Any, bound: Bound) -> dict[str, float] | None:
-    """The weights of a criterion, under the contract's names; None where it has none."""
+def _weights(criterion: Any, bound: Bound) -> dict[str, float] | None:
     weights = getattr(criterion, "weight_dict", None)
     if not isinstance(weights, Mapping):
         return None

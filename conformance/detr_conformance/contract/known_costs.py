@@ -109,7 +109,7 @@ for place, (term, (whose, own, loss)) in enumerate(TERMS.items()):
         check = the_cost_is_the_weighted_sum_of_the_three
         if "weight-zero" in name:  # shows where that weight is 0, which one experiment has
             check = the_l1_cost_is_the_sum_of_four_differences if term == "giou" else giou_lowers_the_cost
-        known(check, name, f"{whose.capitalize()} {sentence}", fix=_OWN, cost=_weighted(_one(place, weight)))
+        known(check, name, f"{whose[0].upper()}{whose[1:]} {sentence}", fix=_OWN, cost=_weighted(_one(place, weight)))
 
 
 def _shared(term: str, count: Callable[[int, int, int], int]) -> dict[str, Any]:
@@ -137,7 +137,8 @@ for term, (whose, _, _) in TERMS.items():
     ):
         known(
             the_cost_is_the_weighted_sum_of_the_three, f"{term}-cost-divided-by-{name}",
-            f"{whose.capitalize()} of the cost is divided by {what}.", fix="the cost of a pair is of that pair alone",
+            f"{whose[0].upper()}{whose[1:]} of the cost is divided by {what}.",
+            fix="the cost of a pair is of that pair alone",
             profiles=EVERY - TEXT if (term, name) == ("class", "the-targets-of-the-image") else EVERY,
             around=_shared(term, count),
         )  # fmt: skip

@@ -237,9 +237,9 @@ for name, sentence, formulas in (
     ("hinge-in-place-of-the-logarithm", "A hinge max(0, 1 ∓ x) in place of the logarithm.",
      _focal(lambda p, q, y, g, a, x: a * torch.where(y > 0, q, p) ** g * (1 - x * (2 * y - 1)).clamp(min=0))),
     ("focal-loss-smoothed-by-a-hundredth", "Label smoothing of 0.01.",
-     _focal(lambda p, q, y, g, a, x: _soft(y * 0.99 + 0.005, p, q, g, a, x))),
+     _focal(lambda p, q, y, g, a, x: soft_term(x, y * 0.99 + 0.005, a, g))),
     ("focal-loss-smoothed-by-a-tenth", "Label smoothing of 0.1.",
-     _focal(lambda p, q, y, g, a, x: _soft(y * 0.9 + 0.05, p, q, g, a, x))),
+     _focal(lambda p, q, y, g, a, x: soft_term(x, y * 0.9 + 0.05, a, g))),
 ):  # fmt: skip
     whole = name == "focal-loss-in-binary-digits"  # a factor on every entry
     known(
@@ -248,8 +248,10 @@ for name, sentence, formulas in (
     )  # fmt: skip
 
 
-def _soft(y: Tensor, p: Tensor, q: Tensor, g: float, a: Tensor, x: Tensor) -> Tensor:
-    return a * (1 - (p * y + q * (1 - y))) ** g * bce(x, y)
+def soft_term(x: Tensor, aim: Tensor, weight: Tensor, gamma: float) -> Tensor:
+    """The focal term of targets between 0 and 1, with a weight in the place of α's."""
+    p, q = x.sigmoid(), (-x).sigmoid()
+    return weight * (1 - (p * aim + q * (1 - aim))) ** gamma * bce(x, aim)
 
 
 def _softmax_focal(book: Textbook, x: Tensor, y: Tensor, inside: Tensor) -> Tensor:

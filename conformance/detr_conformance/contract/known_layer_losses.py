@@ -175,9 +175,8 @@ for name, whose, source in (
 
 def _constant(of: str, term: str) -> dict[str, Any]:
     def layer_losses(before: Callable[..., Any], book: Textbook, layer: Layer, *rest: Any) -> Any:
-        found = before(layer, *rest)
-        return {k: v.detach() if k.startswith(term) else v for k, v in found.items()} if layer.name == of[:5] or (
-            of != "final" and layer.name.startswith(of)) else found  # fmt: skip
+        cut = (term,) if layer.name.startswith(of) else ()
+        return {k: v.detach() if k.startswith(cut) else v for k, v in before(layer, *rest).items()}
 
     return {"layer_losses": layer_losses}
 
@@ -209,9 +208,8 @@ def _of_class_zero(of: str, matched: bool, trained: bool) -> dict[str, Any]:
     def layer_losses(before: Callable[..., Any], book: Textbook, layer: Layer, targets: Any, *rest: Any) -> Any:
         return before(layer, _blank(targets) if layer.name.startswith(of) else targets, *rest)
 
-    return {"layer_match": layer_match} if not trained else (
-        {"layer_losses": layer_losses} if not matched else {"layer_match": layer_match, "layer_losses": layer_losses}
-    )  # fmt: skip
+    changed = {"layer_match": (layer_match, matched), "layer_losses": (layer_losses, trained)}
+    return {name: change for name, (change, wanted) in changed.items() if wanted}
 
 
 for of, whose, check, profiles in (

@@ -23,7 +23,7 @@ from detr_conformance.contract.denoising import positives_reconstruct_the_boxes_
 from detr_conformance.contract.gradients import boxes_get_the_textbook_gradient, logits_get_the_textbook_gradient
 from detr_conformance.contract.keys import denoising_losses_have_their_weights, every_trained_loss_has_its_weight
 from detr_conformance.contract.known_corners import iou_of, of_corners
-from detr_conformance.contract.known_focal import bce
+from detr_conformance.contract.known_focal import soft_term
 from detr_conformance.contract.known_softmax import nll, with_logits
 from detr_conformance.contract.layers import (
     an_auxiliary_layer_is_trained_like_the_final_one,
@@ -78,7 +78,7 @@ def _aiming(aim: Callable[[Tensor, float], Tensor]) -> Callable[[float], Around]
     def around(v: float) -> Around:
         def value(x: Tensor, y: Tensor, a: float, g: float) -> Tensor:
             soft = aim(y, v)
-            return _term(x.sigmoid(), (-x).sigmoid(), soft, a, g, bce(x, soft))
+            return soft_term(x, soft, a * soft + (1 - a) * (1 - soft), g)
 
         return _focal(value)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -11,15 +11,14 @@ from torch import Tensor
 
 from detr_conformance.contract.classification import every_query_and_channel_is_trained
 from detr_conformance.contract.known_corners import iou_of, of_corners
-from detr_conformance.contract.known_focal import bce
+from detr_conformance.contract.known_focal import bce, soft_term
 from detr_conformance.contract.tokens import (
     every_token_of_the_class_is_a_positive,
     tokens_outside_the_mask_have_no_part,
 )
 from detr_conformance.registry import FOCAL, TEXT, known, varied
-from detr_reference.textbook import Layer, Pairs, Textbook
+from detr_reference.textbook import Layer, Textbook
 
-Target = Mapping[str, Tensor]
 Cell = Callable[..., Tensor]
 
 _iou = of_corners(iou_of)
@@ -29,15 +28,7 @@ def _with_quality(cell: Cell) -> dict[str, Any]:
     """The focal loss with a quality q for each matched query: the IoU of its pair. ``cell``: from the logits, their
     targets in 0 … 1, the qualities of their queries, and the book."""
 
-    def focal_loss(
-        before: Any,
-        book: Textbook,
-        layer: Layer,
-        targets: Sequence[Target],
-        matches: Sequence[Pairs],
-        nb: Any,
-        mask: Any,
-    ) -> Tensor:
+    def focal_loss(before: Any, book: Textbook, layer: Layer, targets: Any, matches: Any, nb: Any, mask: Any) -> Tensor:
         total = layer.logits.sum() * 0
         for b, (x, target, m) in enumerate(zip(layer.logits, targets, matches, strict=True)):
             y = book.token_class_target(x, target, m) if "token_labels" in target else book.focal_class_target(
@@ -54,23 +45,14 @@ def _with_quality(cell: Cell) -> dict[str, Any]:
     return {"focal_loss": focal_loss}
 
 
-def _focused(x: Tensor, aim: Tensor, y: Tensor, book: Textbook) -> Tensor:
-    """The focal term of targets ``aim``, weighed by α as those of y."""
-    a, g, p = book.o.focal_alpha, book.o.focal_gamma, x.sigmoid()
-    miss = 1 - (p * aim + (1 - p) * (1 - aim))
-    return (a * y + (1 - a) * (1 - y)) * miss**g * bce(x, aim)
-
-
-def _blended(x: Tensor, y: Tensor, q: Tensor, book: Textbook) -> Tensor:
-    a, g, p = book.o.focal_alpha, book.o.focal_gamma, x.sigmoid()
-    aim = y * q
-    return (a * aim + (1 - a) * (1 - aim)) * (1 - (p * aim + (1 - p) * (1 - aim))) ** g * bce(x, aim)
+def _alpha(y: Tensor, book: Textbook) -> Tensor:
+    return book.o.focal_alpha * y + (1 - book.o.focal_alpha) * (1 - y)
 
 
 def _positives_soft(x: Tensor, y: Tensor, q: Tensor, book: Textbook) -> Tensor:
     """Only the logarithm sees the quality; the focusing factor is that of a hard target."""
-    a, g, p = book.o.focal_alpha, book.o.focal_gamma, x.sigmoid()
-    return (a * y + (1 - a) * (1 - y)) * (y * (1 - p) + (1 - y) * p) ** g * bce(x, y * q)
+    p = x.sigmoid()
+    return _alpha(y, book) * (y * (1 - p) + (1 - y) * p) ** book.o.focal_gamma * bce(x, y * q)
 
 
 def _quality_focal(x: Tensor, y: Tensor, q: Tensor, book: Textbook) -> Tensor:
@@ -83,14 +65,14 @@ def _varifocal(x: Tensor, y: Tensor, q: Tensor, book: Textbook) -> Tensor:
 
 
 def _weighed(x: Tensor, y: Tensor, q: Tensor, book: Textbook) -> Tensor:
-    return torch.where(y > 0, q, 1.0) * _focused(x, y, y, book)
+    return torch.where(y > 0, q, 1.0) * soft_term(x, y, _alpha(y, book), book.o.focal_gamma)
 
 
 SOFT: tuple[tuple[str, str, Cell], ...] = (
     ("positives-aim-at-their-iou", "Matched queries aim at the IoU of their pair instead of 1.",
-     lambda x, y, q, book: _focused(x, y * q, y, book)),
+     lambda x, y, q, book: soft_term(x, y * q, _alpha(y, book), book.o.focal_gamma)),
     ("positives-aim-at-their-iou-and-are-weighed-by-it", "Targets, and α's weights, are the IoU of the pair.",
-     _blended),
+     lambda x, y, q, book: soft_term(x, y * q, _alpha(y * q, book), book.o.focal_gamma)),
     ("positives-aim-at-their-iou-in-the-logarithm", "The logarithm, not the factor before it, aims at the pair's IoU.",
      _positives_soft),
     ("quality-focal-loss-of-the-iou", "Quality focal loss: |IoU − p|^γ without α.", _quality_focal),
@@ -114,15 +96,7 @@ for check, suffix, profiles in PLACES:
 def _ignoring(threshold: float) -> dict[str, Any]:
     """Unmatched queries that overlap a target have no loss."""
 
-    def focal_loss(
-        before: Any,
-        book: Textbook,
-        layer: Layer,
-        targets: Sequence[Target],
-        matches: Sequence[Pairs],
-        nb: Any,
-        mask: Any,
-    ) -> Tensor:
+    def focal_loss(before: Any, book: Textbook, layer: Layer, targets: Any, matches: Any, nb: Any, mask: Any) -> Tensor:
         kept = torch.ones(layer.logits.shape[:2], dtype=torch.bool)
         for b, (target, m) in enumerate(zip(targets, matches, strict=True)):
             if len(target["boxes"]):

@@ -13,7 +13,7 @@ import torch
 
 from detr_conformance.contract.compare import holds
 from detr_conformance.denoised import BESIDE_DENOISING, DINO
-from detr_conformance.experiments import AFRESH, AGAIN, EMPTIED, MOVED, NEW, OTHER_SEED, OTHERS, REPEATED, REWEIGHED
+from detr_conformance.experiments import AFRESH, AGAIN, EMPTIED, MOVED, NEW, OTHER_SEED, OTHERS, REPEATED
 from detr_conformance.registry import EVERY, Comparison, check, clause, fault, known
 from detr_conformance.seen import Seen
 from detr_reference.textbook import Textbook
@@ -79,8 +79,12 @@ def earlier_calls_do_not_matter(seen: Seen) -> Iterator[Comparison]:
         yield from _alike(
             seen.twins[AFRESH[name]], seen.twins[name], f"{name}, after other calls", "with a new criterion"
         )
-    differ = seen.remarks.get(REWEIGHED, "")
-    yield holds(not differ, "weight_dict after the calls", "as before", differ or "as before")
+    if seen.bound.candidate.own_weights:  # which a criterion may fill at its first call
+        kept, new = (seen.twins[name].got.weights or {} for name in (AGAIN, NEW))
+        differ = ", ".join(
+            f"{k}: {new.get(k)} → {kept.get(k)}" for k in sorted({*kept, *new}) if kept.get(k) != new.get(k)
+        )
+        yield holds(not differ, "weight_dict after other calls", "that of a new criterion", differ or "the same")
 
 
 def _first(kept: dict[int, Any], book: Textbook, value: Any) -> Any:
