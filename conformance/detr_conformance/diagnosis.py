@@ -10,7 +10,7 @@ two mistakes meet in one number, pairs of faults are tried together; and one tha
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 from detr_conformance.bench import BEHAVIOUR, RIGHT, Bench, Suspects
@@ -58,9 +58,9 @@ class Diagnoser:
         at = {view: Search(self.bench, check, view, failing, spent, about) for view in (HERE, MATCHED, OWN)}
         if check.component in MATCHING:
             searches = [at[MATCHED].singles, at[HERE].singles, at[OWN].singles, at[HERE].numbers]
-            searches += [at[MATCHED].pairs, at[HERE].pairs]
+            searches += [at[MATCHED].placed, at[MATCHED].pairs, at[HERE].pairs]
         elif at[HERE].differs:  # some loss is wrong whatever is matched
-            searches = [at[HERE].singles, at[OWN].singles, at[HERE].numbers, at[HERE].pairs]
+            searches = [at[HERE].singles, at[OWN].singles, at[HERE].numbers, at[HERE].placed, at[HERE].pairs]
         else:
             searches = [at[MATCHED].singles, at[OWN].singles]
         found = next((found for search in searches if (found := search())), [])
@@ -107,6 +107,7 @@ class Diagnoser:
         theirs = [_behaviour(s, profile, check) for s in seen]
         changed = _kind(seen[0].got.changed) if seen[0].got.changed else ()
         fitting: list[Fault] = []
+        drawing: list[Fault] = []
         known = (f for f in faults(profile) if f.check.on is check.on)
         for fault in sorted(known, key=lambda f: (f.check is not check, f.check.component != check.component)):
             if spent():
@@ -116,9 +117,16 @@ class Diagnoser:
             wrong = self.bench.bound_to(fault.apply(composed(RIGHT)))
             if changed and _kind(observe(wrong, seen[0].case, grads=False, inputs=True).changed) != changed:
                 continue  # which one call tells
-            ours = (_behaviour(check.on.observe(wrong, s.case), profile, check) for s in seen)
-            fitting += [fault] if all(t == o for t, o in zip(theirs, ours, strict=True)) else []
-        return fitting if len(fitting) <= 2 else []
+            ours = [_behaviour(check.on.observe(wrong, s.case), profile, check) for s in seen]
+            fitting += [fault] if ours == theirs else []
+            drawing += [fault] if all(_draws_alone(o, t) for o, t in zip(ours, theirs, strict=True)) else []
+        return fitting if 1 <= len(fitting) <= 2 else drawing  # what random numbers are for may not be told
+
+
+def _draws_alone(ours: Mapping[Any, Any], theirs: Mapping[Any, Any]) -> bool:
+    """True where a fault moves the random state that the candidate moves, and nothing else is random about it."""
+    moved = ours.get(MOVED)
+    return bool(moved) and moved == theirs.get(MOVED) and sum(v is False for v in ours.values()) == 1
 
 
 def _diagnosis(found: Sequence[Suspects], tried: int) -> Diagnosis:
@@ -162,7 +170,8 @@ def _behaviour(seen: Seen, profile: str, check: Check) -> dict[Any, Any]:
         for one in judged(own, seen) if own.on is check.on else ():
             what = re.sub(r"^the logged \w+", "what is logged", one.what.split(", ", 1)[-1])  # which is free
             if not one.ok and own.clause.level != "information":  # what all is well with differs with what is logged
-                found[own.name, what, "" if NUMBER.search(one.got) else one.got] = False
+                got = "" if check.component in BEHAVIOUR or NUMBER.search(one.got) else one.got
+                found[own.name, what, got] = False
     return found | {"changed": _kind(seen.got.changed), MOVED: seen.remarks.get(MOVED)}
 
 

@@ -367,7 +367,10 @@ PROMPTS = Experiment("prompts", "text padded and masked", _stored("prompts"), _r
 
 AGAIN, EMPTIED, NEW, OTHER_SEED = "again", "without targets", "with a new criterion", "under another random state"
 MOVED = "random state moved"
-OTHERS = ("with a target less an image", "with other target boxes", "without further layers")
+OTHERS = (
+    *("with a target less an image", "with other target boxes", "with other predictions"),
+    *("with the whole text", "without further layers"),
+)
 AFRESH = {name: f"{name}, with a new criterion" for name in OTHERS}
 
 
@@ -382,14 +385,19 @@ def _again(bound: Bound, case: Case) -> Seen:
         targets = tuple({k: v if k == "positive_map" else v[part] for k, v in t.items()} for t in case.targets)
         return replace(case, label=f"{case.label}, {name}", targets=targets)
 
-    fewer, moved_boxes, bare = OTHERS
+    fewer, moved_boxes, elsewhere, whole_text, bare = OTHERS
     moved = tuple({**t, "boxes": t["boxes"] * 0.75} for t in case.targets)
     final = {k: v for k, v in case.outputs.items() if k not in ("aux_outputs", case.options.encoder_key)}
+    turned = case.with_predictions(lambda _layer, _key, v: v.flip(1))
     others = {
         fewer: some(fewer, slice(1, None)),
         moved_boxes: replace(case, label=f"{case.label}, {moved_boxes}", targets=moved),
+        elsewhere: replace(turned, label=f"{case.label}, {elsewhere}"),
         bare: replace(case, label=f"{case.label}, {bare}", outputs=final),
     }
+    if "text_mask" in case.outputs:
+        outputs = {**case.outputs, "text_mask": torch.ones_like(case.outputs["text_mask"])}
+        others[whole_text] = replace(case, label=f"{case.label}, {whole_text}", outputs=outputs)
     _seed_everything(1)
     before = _random_states()
     first = called(bound, case, criterion)

@@ -142,6 +142,16 @@ class Probe:
         found: Atoms = self._results[name, view, "named"]
         return found
 
+    def layer(self, atom: Atom) -> str:
+        """The layer that a loss or a matching is of, or ""."""
+        of = atom[1] if len(atom) > 1 else ""
+        return of if atom[0] == "pairs" else self._layer_of.get(of, "")
+
+    @cached_property
+    def _layer_of(self) -> dict[str, str]:
+        case = self.seen.case
+        return {key: layer for layer in (*case.layers, *case.denoising) for key in case.keys(layer)}
+
     def theirs(self, view: str) -> Atoms:
         """The candidate's numbers."""
         if view not in self._results:
@@ -155,8 +165,11 @@ class Probe:
         right = self.of((), textbook, view)
         missing = [a for a in right if a[0] == "loss" and a not in found and not is_log(a) and right[a]]
         strange = [a for a in found if a[0] == "loss" and a not in right and found[a]] if missing else []
-        other = {a: any(self.equal(a, found[s], right[a]) for s in strange) for a in missing}
-        return {**found, **{("another name", a[1]): True for a, same in other.items() if same}}
+        other = {a: next((s for s in strange if self.equal(a, found[s], right[a])), ()) for a in missing}
+        named: dict[Atom, Any] = {("another name", a[1]): s[1][-1:].isdigit() for a, s in other.items() if s}
+        if len(named) == len(missing):  # which it has is of no account, then
+            found = {a: v for a, v in found.items() if a[1:] not in {s[1:] for s in strange}}
+        return {**found, **named}
 
     def equal(self, atom: Atom, one: Any, other: Any) -> bool:
         """True where two numbers of this input differ by no more than rounding explains."""
@@ -268,7 +281,8 @@ class Probe:
                 every = [(layer, targets) for layer, targets, *_ in self._layers]
             for layer, targets in every:
                 if own & {"assign", "match", "layer_match"}:
-                    found[layer.name] = book.layer_match(layer, [x for x, _ in every], targets)
+                    solved = book if "assign" in own else self._preferring(book, layer)
+                    found[layer.name] = solved.layer_match(layer, [x for x, _ in every], targets)
                 else:
                     found[layer.name] = self._by_cost(book, layer, targets)
         criterion = BookCriterion(book) if "indices" in own else None
@@ -285,12 +299,21 @@ class Probe:
             pairs, image = theirs, b
             if len(target["boxes"]):
                 costs = book.cost(layer.logits[b], layer.boxes[b], target)
-                best = book.assign(costs)
-                least, own = (float(costs[p.query, p.target].sum()) for p in (best, theirs))
-                same = len(best) == len(theirs) and abs(own - least) <= CLOSE * max(float(costs.abs().max()), 1.0)
-                pairs = theirs if same else best
+                pairs = _cheapest(costs, book.assign(costs), theirs)
             found.append(pairs)
         return found
+
+    def _preferring(self, book: Textbook, layer: Layer) -> Textbook:
+        """The book, with a solver that finds the candidate's assignments among equals, image after image."""
+        solve = self._right.assign
+        theirs = iter([p for p, t in zip(self.seen.pairs[layer.name], self.seen.case.targets, strict=True)
+                       if len(t["boxes"])])  # fmt: skip
+
+        def assign(_book: Textbook, costs: Tensor) -> Pairs:
+            best = solve(costs)
+            return _cheapest(costs, best, next(theirs, best))
+
+        return under(book, book.o, assign=assign)
 
     def _class_cost(self, layer: Layer, image: int, target: Mapping[str, Tensor]) -> Tensor:
         at = ("class cost", layer.name, image)
@@ -306,6 +329,16 @@ class Probe:
         """What is wrong with what the matcher returns, or that it is not what the losses are computed with."""
         same = all(_pairs(p) == _pairs(q) for k, every in got.pairs.items() for p, q in zip(every, own[k], strict=True))
         return got.bad_pairs or ("" if same else "others")
+
+
+def _cheapest(costs: Tensor, best: Pairs, theirs: Pairs) -> Pairs:
+    """The candidate's assignment where it costs no more than the best by more than rounding."""
+    queries, targets = costs.shape
+    fits = len(best) == len(theirs) and bool((theirs.query < queries).all() and (theirs.target < targets).all())
+    if not fits:
+        return best
+    least, own = (float(costs[p.query, p.target].sum()) for p in (best, theirs))
+    return theirs if abs(own - least) <= CLOSE * max(float(costs.abs().max()), 1.0) else best
 
 
 def _pairs(pairs: Pairs) -> frozenset[tuple[int, int]]:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Final
+from typing import Any, Final
 
 from scipy.optimize import brentq
 from torch import Tensor
@@ -26,6 +26,7 @@ from detr_conformance.footprints import (
     is_log,
     wraps,
 )
+from detr_conformance.places import can_be_placed, kind, placed
 from detr_conformance.registry import Check, Fault
 from detr_conformance.tallies import KEPT
 from detr_reference.textbook import TERMS
@@ -159,7 +160,7 @@ class Search:
             return []
         for fault in self.known:
             if self.spent():
-                if fault.check.component == self.check.component:
+                if fault.check.clause is self.check.clause:
                     return []  # not all of those were tried that could be mistaken for each other
                 break
             if footprint := self.fits((fault,)):
@@ -278,6 +279,39 @@ class Search:
                 return math.exp(float(brentq(excess, grid[i], grid[i + 1], xtol=1e-8, maxiter=60, disp=False)))
         return next((math.exp(x) for x, value in zip(grid, values, strict=True) if value == 0), None)
 
+    # --- a fault in some kinds of layers alone ---
+
+    def placed(self) -> list[Suspects]:
+        """The one or two faults that fit in some kinds of layers, the others being right."""
+        fitting: list[Suspects] = []
+        for fault in self.known if self.differs else ():
+            if self.spent():
+                return []
+            if self._agrees_where_wrong(fault) and can_be_placed(fault):
+                good, bad = self._kinds(fault)
+                suspect = (placed(fault, good),) if good and bad else ()
+                if suspect and self.fits(suspect):
+                    fitting += [suspect] * self.bench.breaks(suspect, self.check, self.failing[0].seen.case)
+        return fitting if len(fitting) <= 2 else []
+
+    def _agrees_where_wrong(self, fault: Fault) -> bool:
+        """True where the first input's wrong numbers are a fault's, as far as it shows in them."""
+        probe = self.failing[0]
+        wrong, theirs = self._of(probe, (fault,)), self._theirs(probe)
+        shown = self._unequal(probe, wrong, self._of(probe, RIGHT), theirs) & self.wrong
+        return bool(shown) and all(probe.equal(a, theirs.get(a), wrong.get(a)) for a in shown)
+
+    def _kinds(self, fault: Fault) -> tuple[set[str], set[str]]:
+        """The kinds of layers where a fault shows and the candidate's numbers are its, and where they are not."""
+        shown: set[str] = set()
+        bad: set[str] = set()
+        for probe in self.probes:
+            wrong, right, theirs = self._of(probe, (fault,)), self._of(probe, RIGHT), self._theirs(probe)
+            for a in self._unequal(probe, wrong, right, theirs):
+                if layer := probe.layer(a):
+                    (shown if probe.equal(a, theirs.get(a), wrong.get(a)) else bad).add(kind(layer))
+        return shown - bad, bad
+
     # --- two faults together ---
 
     def pairs(self) -> list[Suspects]:
@@ -368,7 +402,9 @@ class Search:
         slopes = self._gradients(probe, suspects) if self.view != MATCHED and place < SEPARATE else None
         for a in footprint:
             of = slopes if a[0] == "grad" else wrong
-            if of is not None and not probe.equal(a, theirs.get(a), of.get(a)):
+            if of is None or _unguarded(theirs.get(a), of.get(a)):
+                continue
+            if not probe.equal(a, theirs.get(a), of.get(a)):
                 return False
         return True
 
@@ -376,7 +412,10 @@ class Search:
         return frozenset(
             a
             for a in {*one, *right}
-            if self._counts(a) and (a in theirs or not is_log(a)) and not probe.equal(a, one.get(a), right.get(a))
+            if self._counts(a)
+            and (a in theirs or not is_log(a))
+            and not _unguarded(theirs.get(a), one.get(a))
+            and not probe.equal(a, one.get(a), right.get(a))
         )
 
     def _counts(self, atom: Atom) -> bool:
@@ -401,6 +440,17 @@ class Search:
 
     def _theirs(self, probe: Probe) -> Atoms:
         return probe.theirs(self.view)
+
+
+def _unguarded(theirs: Any, ours: Any) -> bool:
+    """True where the candidate has 0/0 and a fault a number: the same mistake may be written with a guard."""
+    return _is_nan(theirs) and not _is_nan(ours)
+
+
+def _is_nan(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return bool(value.isnan().any())
+    return isinstance(value, float) and math.isnan(value)
 
 
 def _together(atom: Atom, one: Atoms, two: Atoms, right: Atoms, theirs: Atoms) -> bool:

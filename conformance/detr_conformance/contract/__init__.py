@@ -29,6 +29,7 @@ CHAPTERS: Final = (
     "ranks",
     "learning",
     "known_corners",
+    "known_slips",
     "known_boxes",
     "known_costs",
     "known_class_costs",
@@ -45,6 +46,7 @@ CHAPTERS: Final = (
     "known_parts",
     "known_numbers",
     "known_soft_targets",
+    "known_rounding",
 )
 
 

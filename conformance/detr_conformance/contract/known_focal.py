@@ -248,6 +248,21 @@ for name, sentence, formulas in (
     )  # fmt: skip
 
 
+def _first_channel_cut(before: Any, book: Textbook, x: Tensor, target: Target, pairs: Pairs) -> Tensor:
+    """One-hot rows of K + 1 channels, the first of which is cut off instead of the last."""
+    found = torch.full((len(x),), x.shape[-1])
+    found[pairs.query] = target["labels"][pairs.target]
+    return torch.nn.functional.one_hot(found, x.shape[-1] + 1)[:, 1:].to(x.dtype)
+
+
+known(
+    every_query_and_channel_is_trained, "one-hot-without-its-first-channel",
+    "Of K + 1 one-hot channels the first is cut off: labels move down by one, and background trains channel K − 1.",
+    fix="cut off the last channel, which is background", profiles=FOCAL,
+    around={"focal_class_target": _first_channel_cut},
+)  # fmt: skip
+
+
 def soft_term(x: Tensor, aim: Tensor, weight: Tensor, gamma: float) -> Tensor:
     """The focal term of targets between 0 and 1, with a weight in the place of α's."""
     p, q = x.sigmoid(), (-x).sigmoid()

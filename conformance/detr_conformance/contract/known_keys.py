@@ -96,6 +96,8 @@ for name, sentence, around in (
      _of_empty(lambda x: {k: v for k, v in x.items() if not k.startswith("loss_giou")})),
     ("final-losses-alone-without-targets", "A batch without targets gets the final losses alone.",
      _of_empty(lambda x: {k: v for k, v in x.items() if not _trained(k) or k.count("_") == 1})),
+    ("no-auxiliary-losses-without-targets", "A batch without targets gets no losses of auxiliary layers.",
+     _of_empty(lambda x: {k: v for k, v in x.items() if not (_trained(k) and k[-1].isdigit())})),
     ("losses-of-zero-are-left-out", "A loss that is 0 is left out.",
      _losses(lambda x, t: {k: v for k, v in x.items() if float(v.detach()) or not _trained(k)})),
 ):  # fmt: skip
@@ -103,6 +105,11 @@ for name, sentence, around in (
         the_keys_do_not_depend_on_the_targets, name, sentence, fix="the same keys with and without targets",
         around=around,
     )  # fmt: skip
+known(
+    the_keys_do_not_depend_on_the_targets, "no-encoder-losses-without-targets",
+    "A batch without targets gets no losses of the encoder.", fix="the same keys with and without targets",
+    profiles=ENCODER, around=_of_empty(lambda x: {k: v for k, v in x.items() if not k.endswith(("_enc", "_interm"))}),
+)  # fmt: skip
 
 # --- weights ---
 

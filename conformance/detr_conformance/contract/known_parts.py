@@ -15,7 +15,10 @@ from detr_conformance.contract.denoising import (
     negatives_and_padding_are_background,
     positives_reconstruct_the_boxes_of_their_targets,
 )
-from detr_conformance.contract.masks import loss_mask_is_the_focal_loss_averaged_over_pixels
+from detr_conformance.contract.masks import (
+    loss_dice_is_the_smoothed_dice_loss_of_each_pair,
+    loss_mask_is_the_focal_loss_averaged_over_pixels,
+)
 from detr_conformance.registry import known
 from detr_reference.textbook import Layer, Pairs, Textbook, textbook
 
@@ -129,7 +132,16 @@ def _unpadded(before: Callable[..., Tensor], book: Textbook, layer: Layer, n: in
     return torch.arange(layer.groups)[:, None] * 2 * n + torch.arange(n)
 
 
+def _negatives_boxes(before: Callable[..., Any], book: Textbook, layer: Layer, targets: Any, matches: Any) -> Any:
+    """The pairs of the box losses, of denoising layers with the second half of every group."""
+    half = book.group_slots(layer) // 2 if layer.groups else 0
+    twice = [Pairs(torch.cat([m.query, m.query + half]), torch.cat([m.target] * 2)) for m in matches]
+    return before(layer, targets, twice if half else matches)
+
+
 for id, sentence, around in (
+    ("negatives-reconstruct-boxes", "Negatives reconstruct the box of their target, and are background.",
+     {"matched_boxes": _negatives_boxes}),
     ("positives-and-negatives-exchanged", "The second half of a group reconstructs, and the first is background.",
      _slots(lambda s, half: s + half)),
     ("last-group-left-out", "The last group's positives have no target; there may be no other group.",
@@ -365,7 +377,23 @@ def _turned(turn: Callable[[Tensor], Tensor]) -> dict[str, Any]:
     return {"matched_masks": matched_masks}
 
 
+def _dice_of_images(
+    before: Callable[..., dict[str, Tensor]], book: Textbook, layer: Layer, targets: Any, matches: Any, nb: Tensor
+) -> dict[str, Tensor]:
+    """The masks of each image make a single dice loss."""
+    found = before(layer, targets, matches, nb)
+    if layer.masks is None:
+        return found
+    sizes = [len(m) for m in matches]
+    pred, wanted = book.matched_masks(layer, targets, matches)
+    images = zip(pred.split(sizes), wanted.split(sizes), strict=True)
+    dice = [book.dice(x.flatten()[None, None], m.flatten()[None, None]).sum() for x, m in images if len(x)]
+    return {**found, f"loss_dice{layer.suffix}": torch.stack([pred.sum() * 0, *dice]).sum() / nb}
+
+
 for id, sentence, formulas in (
+    ("dice-of-all-masks-of-an-image", "The pixels of all pairs of an image make a single dice loss.",
+     {"around": {"mask_losses": _dice_of_images}}),
     ("masks-resized-to-their-own-images-size", "Predicted masks are resized to their own image's size, nothing padded.",
      {"around": {"mask_losses": _own_size}}),
     ("target-masks-resized-to-the-predicted-ones", "Target masks are resized to the size of the predicted ones.",
@@ -393,6 +421,7 @@ for id, sentence, formulas in (
      {"around": {"mask_losses": lambda before, book, layer, t, m, nb: before(layer, t, m, torch.ones_like(nb))}}),
 ):  # fmt: skip
     known(
-        loss_mask_is_the_focal_loss_averaged_over_pixels, id, sentence,
+        loss_dice_is_the_smoothed_dice_loss_of_each_pair if id.startswith("dice")
+        else loss_mask_is_the_focal_loss_averaged_over_pixels, id, sentence,
         fix="resize the matched queries' logits to the size that target masks are padded to", **formulas,
     )  # fmt: skip

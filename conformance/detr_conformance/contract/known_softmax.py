@@ -66,6 +66,8 @@ for name, sentence, value in (
      lambda book, nll, w, y, m, nb: (w * nll).sum() / m.sum().clamp(min=1)),
     ("cross-entropy-ignores-class-zero", "ignore_index is 0: targets of class 0 have no loss.",
      lambda book, nll, w, y, m, nb: _mean(nll, w * (y != 0))),
+    ("cross-entropy-ignores-the-last-class", "ignore_index is K − 1: targets of the last class have no loss.",
+     lambda book, nll, w, y, m, nb: _mean(nll, w * (y != book.o.num_classes - 1))),
     ("cross-entropy-squared", "The square of the negative log-likelihood.",
      lambda book, nll, w, y, m, nb: _mean(nll**2, w)),
     ("cross-entropy-with-a-focal-factor", "A focal factor (1 − p)² on the cross-entropy.",

@@ -14,7 +14,7 @@ import torch
 from detr_conformance.contract.compare import holds
 from detr_conformance.denoised import BESIDE_DENOISING, DINO
 from detr_conformance.experiments import AFRESH, AGAIN, EMPTIED, MOVED, NEW, OTHER_SEED, OTHERS, REPEATED
-from detr_conformance.registry import EVERY, Comparison, check, clause, fault, known
+from detr_conformance.registry import DETR, EVERY, TEXT, Comparison, check, clause, fault, known
 from detr_conformance.seen import Seen
 from detr_reference.textbook import Textbook
 
@@ -76,9 +76,9 @@ def earlier_calls_do_not_matter(seen: Seen) -> Iterator[Comparison]:
     for name in (AGAIN, NEW):
         yield from _alike(seen, seen.twins[name], name, "the first time")
     for name in OTHERS:
-        yield from _alike(
-            seen.twins[AFRESH[name]], seen.twins[name], f"{name}, after other calls", "with a new criterion"
-        )
+        if name in seen.twins:
+            afresh = seen.twins[AFRESH[name]]
+            yield from _alike(afresh, seen.twins[name], f"{name}, after other calls", "with a new criterion")
     if seen.bound.candidate.own_weights:  # which a criterion may fill at its first call
         kept, new = (seen.twins[name].got.weights or {} for name in (AGAIN, NEW))
         differ = ", ".join(
@@ -131,21 +131,56 @@ def _first_boxes(
     return before(outputs, targets, given)
 
 
-for name, sentence, seen_in, around in (
+def _first_match(kept: dict[int, Any], before: Callable[..., Any], book: Textbook, layer: Any, *rest: Any) -> Any:
+    """The matching of the first call of as many queries and targets."""
+    sizes = (layer.name, layer.boxes.shape, *(len(t["boxes"]) for t in rest[-1]))
+    made = _first(kept, book, {})
+    if sizes not in made:
+        made[sizes] = before(layer, *rest)
+    return made[sizes]
+
+
+def _first_mask(kept: dict[int, Any], before: Callable[..., Any], book: Textbook, layer: Any, outputs: Any) -> Any:
+    mask = before(layer, outputs)
+    return mask if mask is None else _first(kept, book, {}).setdefault(tuple(mask.shape), mask.clone())
+
+
+def _shrinking(kept: dict[int, Any], before: Callable[..., Any], book: Textbook, *args: Any) -> Any:
+    """The weight of no-object multiplied by eos_coef once more in every call."""
+    own = _first(kept, book, {"weight": 1.0})
+    own["weight"] *= book.o.eos_coef
+    plain, now = book.class_weight, own["weight"]
+    weighed = replace(
+        book, class_weight=lambda _book, y: torch.where(y == book.o.num_classes, now, plain(y)).to(torch.float64)
+    )
+    return before.func(weighed, *args)  # type: ignore[attr-defined]
+
+
+for name, sentence, seen_in, profiles, around in (
     ("losses-smoothed-over-calls", "Something is kept from call to call, and moves the losses of the next.",
-     "D-FINE caches its targets between calls",
+     "D-FINE caches its targets between calls", EVERY,
      {"losses": partial(_carried, lambda loss, last: 0.9 * loss + 0.1 * last, {})}),
-    ("losses-add-up-over-calls", "The losses of a call are added to those of the calls before it.", "plausible",
+    ("losses-add-up-over-calls", "The losses of a call are added to those of the calls before it.", "plausible", EVERY,
      {"losses": partial(_carried, lambda loss, last: loss + last, {})}),
     ("number-of-boxes-of-the-first-call", "The number of boxes is computed in a criterion's first call, and kept.",
-     "plausible", {"num_boxes": partial(_first_number, {})}),
+     "plausible", EVERY, {"num_boxes": partial(_first_number, {})}),
     ("target-boxes-of-the-first-call",
      "The target boxes of a criterion's first call are kept for later ones of the same shape.",
-     "plausible", {"losses": partial(_first_boxes, {})}),
+     "plausible", EVERY, {"losses": partial(_first_boxes, {})}),
     ("weights-of-what-was-returned-alone", "A call takes weights of losses that it did not return from weight_dict.",
-     "plausible", {"losses": partial(_trimmed, _returns), "weights": partial(_returned, _returns)}),
+     "plausible", EVERY, {"losses": partial(_trimmed, _returns), "weights": partial(_returned, _returns)}),
+    ("matching-of-the-first-call",
+     "The matching of a layer is kept, and serves later calls of as many queries and targets.",
+     "plausible", EVERY, {"layer_match": partial(_first_match, {})}),
+    ("text-mask-of-the-first-call", "The text mask of the first call of a shape serves later ones of that shape.",
+     "plausible", TEXT, {"layer_mask": partial(_first_mask, {})}),
+    ("no-object-loses-weight-at-every-call", "The weight of no-object is multiplied by eos_coef in every call.",
+     "plausible", DETR, {"losses": partial(_shrinking, {})}),
 ):  # fmt: skip
-    known(earlier_calls_do_not_matter, name, sentence, fix="keep nothing on self", seen_in=seen_in, around=around)
+    known(
+        earlier_calls_do_not_matter, name, sentence, fix="keep nothing on self", seen_in=seen_in, profiles=profiles,
+        around=around,
+    )  # fmt: skip
 
 
 PURE_3 = clause("PURE-3", "must", EVERY, "The global random state is neither read nor moved.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -30,11 +31,11 @@ def _world() -> int:
     return int(dist.get_world_size()) if dist.is_initialized() else 1
 
 
-def _reduced(n: Tensor) -> Tensor:
-    """The sum over ranks."""
+def _reduced(n: Tensor, op: Any = dist.ReduceOp.SUM) -> Tensor:
+    """The sum over ranks, or another reduction."""
     total = n.clone()
     if dist.is_initialized():
-        dist.all_reduce(total)
+        dist.all_reduce(total, op=op)
     return total
 
 
@@ -201,4 +202,22 @@ for name, sentence, cut in (
     known(
         nb_is_the_mean_over_ranks, name, sentence, fix="divide as floats",
         around={"over_ranks": lambda before, book, n, cut=cut: cut(before(n))},
+    )  # fmt: skip
+
+
+for name, sentence, over in (
+    ("own-number-divided-by-the-world", "Every rank divides its own number of targets by the world size: the "
+     "reduction is missing.", lambda n: n / _world()),
+    ("nb-of-the-fullest-rank", "nb is the largest number of targets of a rank.",
+     lambda n: _reduced(n, dist.ReduceOp.MAX)),
+    ("nb-of-the-emptiest-rank", "nb is the smallest number of targets of a rank.",
+     lambda n: _reduced(n, dist.ReduceOp.MIN)),
+    ("mean-over-ranks-that-have-targets", "Ranks without targets do not count in the mean.",
+     lambda n: _reduced(n) / _reduced((n > 0).to(n.dtype)).clamp(min=1)),
+    ("sum-over-ranks-and-own-number", "A rank's own number of targets is added to the sum over ranks once more.",
+     lambda n: (_reduced(n) + n) / _world() if _world() > 1 else n),
+):  # fmt: skip
+    known(
+        nb_is_the_mean_over_ranks, name, sentence, fix="all_reduce the number of targets, divide by the world size",
+        over_ranks=lambda book, n, over=over: over(n),
     )  # fmt: skip
