@@ -28,6 +28,7 @@ from detr_conformance.tallies import Tallies, Tally, judged
 from detr_reference.textbook import TERMS
 
 SECONDS: Final = 1.0
+LOGGED: Final = re.compile(r"(class|cardinality)_error\w*(, )?")
 NUMBER: Final = re.compile(r"\d\.\d|\de[-+]?\d")
 
 
@@ -170,7 +171,7 @@ def _behaviour(seen: Seen, profile: str, check: Check) -> dict[Any, Any]:
         for one in judged(own, seen) if own.on is check.on else ():
             what = re.sub(r"^the logged \w+", "what is logged", one.what.split(", ", 1)[-1])  # which is free
             if not one.ok and own.clause.level != "information":  # what all is well with differs with what is logged
-                got = "" if check.component in BEHAVIOUR or NUMBER.search(one.got) else one.got
+                got = "" if check.component in BEHAVIOUR or NUMBER.search(one.got) else LOGGED.sub("", one.got)
                 found[own.name, what, got] = False
     return found | {"changed": _kind(seen.got.changed), MOVED: seen.remarks.get(MOVED)}
 

@@ -271,6 +271,39 @@ known(
     around={"focal_image": lambda before, book, x, y, inside: before(x, y, inside) / inside.any(0).sum().clamp(min=1)},
 )  # fmt: skip
 
+# --- divided by a number of tokens ---
+
+
+def _over_tokens(matched: bool, divide: bool) -> dict[str, Any]:
+    """The class loss divided by the positive tokens of the matched or of all targets, besides nb or instead of it."""
+
+    def focal_loss(before: Any, book: Textbook, layer: Layer, targets: Any, matches: Any, nb: Any, mask: Any) -> Tensor:
+        rows = [t["token_labels"][m.target if matched else slice(None)] > 0
+                for t, m in zip(targets, matches, strict=True)]  # fmt: skip
+        total: Tensor = before(layer, targets, matches, nb, mask)
+        count = max(sum(int(r.sum()) for r in rows), 1)
+        return total / count if divide else total * book.class_divisor(nb, matches) / count
+
+    return {"focal_loss": focal_loss}
+
+
+for name, sentence, around in (
+    ("class-loss-divided-by-the-positive-tokens",
+     "The class loss is divided by the number of positive tokens of matched pairs instead of nb.",
+     _over_tokens(matched=True, divide=False)),
+    ("class-loss-divided-by-the-tokens-of-all-targets",
+     "The class loss is divided by the number of tokens of all targets instead of nb.",
+     _over_tokens(matched=False, divide=False)),
+    ("class-loss-divided-by-nb-and-positive-tokens",
+     "The class loss is divided by nb, and by the number of positive tokens besides.",
+     _over_tokens(matched=True, divide=True)),
+):  # fmt: skip
+    known(
+        the_class_loss_is_a_sum, name, sentence, fix="Σ over all queries and tokens, divided by nb", profiles=TEXT,
+        around=around,
+    )  # fmt: skip
+
+
 # --- which tokens take part ---
 
 
