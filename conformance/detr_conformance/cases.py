@@ -91,9 +91,14 @@ class Case:
         return (FINAL, *aux, *((ENC,) if self.has_encoder else ()))
 
     @property
+    def maskless(self) -> bool:
+        """True where nothing but float32 logits and boxes are trained: no masks, no other precision."""
+        return self.outputs["pred_logits"].dtype == torch.float32 and not self.has_masks
+
+    @property
     def plain(self) -> bool:
-        """True where nothing but float32 logits and boxes are trained: no masks, no denoising, no other precision."""
-        return self.outputs["pred_logits"].dtype == torch.float32 and not self.has_masks and not self.denoising
+        """True where that holds of plain queries alone: no denoising besides."""
+        return self.maskless and not self.denoising
 
     @property
     def has_encoder(self) -> bool:

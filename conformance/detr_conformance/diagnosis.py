@@ -61,7 +61,7 @@ class Diagnoser:
             searches = [at[MATCHED].singles, at[HERE].singles, at[OWN].singles, at[HERE].numbers]
             searches += [at[MATCHED].placed, at[MATCHED].pairs, at[HERE].pairs]
         elif at[HERE].differs:  # some loss is wrong whatever is matched
-            searches = [at[HERE].singles, at[OWN].singles, at[HERE].numbers, at[HERE].placed, at[HERE].pairs]
+            searches = [at[HERE].singles, at[HERE].placed, at[OWN].singles, at[HERE].numbers, at[HERE].pairs]
         else:
             searches = [at[MATCHED].singles, at[OWN].singles]
         found = next((found for search in searches if (found := search())), [])
@@ -118,9 +118,14 @@ class Diagnoser:
             wrong = self.bench.bound_to(fault.apply(composed(RIGHT)))
             if changed and _kind(observe(wrong, seen[0].case, grads=False, inputs=True).changed) != changed:
                 continue  # which one call tells
-            ours = [_behaviour(check.on.observe(wrong, s.case), profile, check) for s in seen]
-            fitting += [fault] if ours == theirs else []
-            drawing += [fault] if all(_draws_alone(o, t) for o, t in zip(ours, theirs, strict=True)) else []
+            fits = draws = True
+            for s, own in zip(seen, theirs, strict=True):
+                found = _behaviour(check.on.observe(wrong, s.case), profile, check)
+                fits, draws = fits and found == own, draws and _draws_alone(found, own)
+                if not (fits or draws):
+                    break  # each of these takes many calls
+            fitting += [fault] * fits
+            drawing += [fault] * draws
         return fitting if 1 <= len(fitting) <= 2 else drawing  # what random numbers are for may not be told
 
 

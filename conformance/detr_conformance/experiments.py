@@ -396,8 +396,9 @@ def _again(bound: Bound, case: Case) -> Seen:
         bare: replace(case, label=f"{case.label}, {bare}", outputs=final),
     }
     if "text_mask" in case.outputs:
-        outputs = {**case.outputs, "text_mask": torch.ones_like(case.outputs["text_mask"])}
-        others[whole_text] = replace(case, label=f"{case.label}, {whole_text}", outputs=outputs)
+        finite = case.with_predictions(lambda _layer, _key, v: v.nan_to_num(neginf=-5.0))  # padding may be −inf
+        outputs = {**finite.outputs, "text_mask": torch.ones_like(case.outputs["text_mask"])}
+        others[whole_text] = replace(finite, label=f"{case.label}, {whole_text}", outputs=outputs)
     _seed_everything(1)
     before = _random_states()
     first = called(bound, case, criterion)

@@ -32,10 +32,11 @@ _CLASS: Final = (
     *("focusing", "focal_class_target", "token_class_target", "in_loss", "focal_image", "focal_loss"),
     *("class_divisor", "loss_ce"),
 )
-TERM_OF: Final = {  # the formulas that a single term is made of
-    **dict.fromkeys(_GIOU, "giou"),
-    **dict.fromkeys(("l1", "loss_bbox"), "bbox"),
-    **dict.fromkeys(_CLASS, "ce"),
+TERM_OF: Final[Mapping[str, frozenset[str]]] = {  # the terms that a formula has a part in, where it is not all
+    **dict.fromkeys(_GIOU, frozenset({"giou"})),
+    **dict.fromkeys(("l1", "loss_bbox"), frozenset({"bbox"})),
+    "matched_boxes": frozenset({"bbox", "giou"}),
+    **dict.fromkeys(_CLASS, frozenset({"ce"})),
 }
 CLASS_COSTS: Final = frozenset({"softmax_cost", "focal_difference", "focal_cost", "token_cost", "class_cost"})
 INPUTS: Final = frozenset({"layers", "layer_targets", "encoder_targets", "taken", "layer_masks"})
@@ -123,11 +124,11 @@ class Probe:
         if (name, view, "gradients") not in self._results:
             try:
                 terms = self._own_terms(book, view)
-                if terms is None:
+                if not terms:
                     found = self._differentiated(self._losses(book, view), self.seen.case.sums)
                 else:
-                    sums = {t: keys for t, keys in self.seen.case.sums.items() if t in terms}
-                    rest = {a: v for a, v in self.gradients((), textbook, view).items() if a[1] not in terms}
+                    sums = {t: keys for t, keys in self.seen.case.sums.items() if t.split("_")[0] in terms}
+                    rest = {a: v for a, v in self.gradients((), textbook, view).items() if a[1] not in sums}
                     found = {**rest, **self._differentiated(self._of_terms(book, terms), sums)}
             except Exception:
                 found = {("raised",): True}
@@ -199,7 +200,7 @@ class Probe:
 
     def _valued(self, book: Textbook, view: str) -> Atoms:
         terms = self._own_terms(book, view)
-        if terms is None:
+        if not terms:
             weights = under(book, self.seen.case.options).weights()
             return self._atoms(self._losses(book, view), weights)
         rest = {a: v for a, v in self.of((), textbook, view).items() if _term_of(a[1]) not in terms or a[0] == "weight"}
@@ -211,21 +212,19 @@ class Probe:
         odd = {k: f"a tensor of shape {list(v.shape)}" for k, v in losses.items() if v.ndim}
         return _of_losses(self.seen.case, scalars, attached, odd, weights, ANY_TERM)
 
-    def _own_terms(self, book: Textbook, view: str) -> set[str] | None:
-        """The terms that a book's own formulas belong to, if they are formulas of single terms alone."""
-        own = changed(book)
-        plain = view == HERE and bool(own) and self.seen.case.plain and own <= TERM_OF.keys()
-        return {TERM_OF[name] for name in own} if plain else None
+    def _own_terms(self, book: Textbook, view: str) -> frozenset[str]:
+        """The terms that a book's own formulas have a part in, if that can be told; else none."""
+        return terms_of(book) if view == HERE and self.seen.case.maskless else frozenset()
 
-    def _of_terms(self, book: Textbook, terms: set[str]) -> dict[str, Tensor]:
+    def _of_terms(self, book: Textbook, terms: frozenset[str]) -> dict[str, Tensor]:
         """The losses of these terms, the rest of the call being as the right textbook has it."""
         book = under(book, self._right.o)
         found: dict[str, Tensor] = {}
-        for layer, targets, pairs, nb, mask in self._layers:
+        for layer, targets, pairs, nb, mask in (*self._layers, *self._denoising):
             if "ce" in terms:
                 found[f"loss_ce{layer.suffix}"] = book.loss_ce(layer, targets, pairs, nb, mask)
             if terms & {"bbox", "giou"}:
-                boxes = self._right.matched_boxes(layer, targets, pairs)
+                boxes = book.matched_boxes(layer, targets, pairs)
                 for term, loss in (("bbox", book.loss_bbox), ("giou", book.loss_giou)):
                     if term in terms:
                         found[f"loss_{term}{layer.suffix}"] = loss(*boxes, nb)
@@ -246,6 +245,17 @@ class Probe:
             divisor, mask = book.layer_num_boxes(layer, nb, pairs), book.layer_mask(layer, outputs)
             found.append((layer, book.layer_targets(layer, taken), pairs, divisor, mask))
         return found
+
+    @cached_property
+    def _denoising(self) -> list[tuple[Layer, Any, list[Pairs], Tensor, Tensor | None]]:
+        """Every layer of denoising queries, with the same."""
+        book, outputs = self._right, self._leaves[0]
+        taken = [book.taken(t) for t in self.seen.case.targets]
+        nb = book.num_boxes(taken)
+        return [
+            (x, taken, book.denoising_pairs(x, taken), book.denoising_divisor(x, nb), book.layer_mask(x, outputs))
+            for x in book.denoising_layers(outputs)
+        ]
 
     def _losses(self, book: Textbook, view: str) -> Mapping[str, Tensor]:
         at_theirs = view == HERE and "layers" not in changed(book)  # else a layer may have another one's predictions
@@ -369,6 +379,12 @@ def under(book: Textbook, options: Options, **formulas: Any) -> Textbook:
 def changed(book: Textbook) -> frozenset[str]:
     """The formulas that a book replaces."""
     return frozenset(name for name, formula in _FORMULAS.items() if getattr(book, name).__func__ is not formula)
+
+
+def terms_of(book: Textbook) -> frozenset[str]:
+    """The terms that the formulas which a book replaces have a part in, if they are of some terms alone; else none."""
+    own = changed(book)
+    return frozenset().union(*(TERM_OF[name] for name in own)) if own <= TERM_OF.keys() else frozenset()
 
 
 def wraps(book: Textbook) -> bool:

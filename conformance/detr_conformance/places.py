@@ -17,7 +17,7 @@ KINDS: Final = {
     "dn": "denoising layers",
 }
 IN_LAYERS: Final = frozenset(  # the formulas that a layer is matched and trained with
-    {*TERM_OF, *CLASS_COSTS, "cost", "assign", "match", "layer_match", "matched_boxes", "layer_losses"}
+    {*TERM_OF, *CLASS_COSTS, "cost", "assign", "match", "layer_match", "layer_losses"}
 )
 
 

@@ -18,12 +18,12 @@ from detr_conformance.footprints import (
     HERE,
     MATCHED,
     OWN,
-    TERM_OF,
     Atom,
     Atoms,
     Probe,
     changed,
     is_log,
+    terms_of,
     wraps,
 )
 from detr_conformance.places import can_be_placed, kind, placed
@@ -135,9 +135,10 @@ class Search:
         found = [f for f in self.bench.suspects(plain) if not changed(self.bench.book((f,))) <= alone]
         if self.view == OWN:
             found = [f for f in found if f.check.component in MATCHING or f.check is check]
-        elif self.view == HERE and plain:  # a formula of one term explains nothing of another
+        elif self.view == HERE and self.failing[0].seen.case.maskless:  # one term explains nothing of another
             terms = {_term(a) for a in self.wrong}
-            found = [f for f in found if self._terms_of(f) & terms or not self._terms_of(f)]
+            own = {f: terms_of(self.bench.book((f,))) for f in found}
+            found = [f for f in found if own[f] & terms or not own[f]]
         if self.view != OWN and all(
             a[0] == "grad" for a in self.wrong
         ):  # values are right, so few faults come into question
@@ -145,11 +146,6 @@ class Search:
         order: list[Callable[[Fault], bool]] = [lambda f: f.check is check, lambda f: f.check.clause is check.clause]
         order += [lambda f: f.check.component == check.component]
         return sorted(found, key=lambda f: tuple(not o(f) for o in order))
-
-    def _terms_of(self, fault: Fault) -> set[str]:
-        """The terms that a fault's formulas are of, where they are formulas of single terms alone; else none."""
-        own = changed(self.bench.book((fault,)))
-        return {TERM_OF[name] for name in own} if own <= TERM_OF.keys() else set()
 
     # --- single faults ---
 
