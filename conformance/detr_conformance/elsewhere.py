@@ -60,7 +60,6 @@ RANKS: Final = Experiment(
             Recipe(305, (2, 0, 3), 4, classes=4, aux=1, encoder_queries=4, tokens=11),
             Recipe(306, (1, 0), 3, classes=3),
             Recipe(307, (2, 1, 2), 4, classes=4, aux=1, encoder_queries=4, tokens=11),
-            Recipe(308, (2, 1), 4, classes=3),
         ]
     ),
     None,

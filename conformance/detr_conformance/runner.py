@@ -251,10 +251,13 @@ class Judge:
             yield from sample(experiment.drawn(self.bound), count, _seed(self.settings.seed, experiment.name))
 
     def _evidence(self, check: Check, case: Case, comparison: Comparison) -> Evidence:
+        raises = comparison.what == RAISES
+
         def broken(candidate: Case) -> Comparison | None:
             try:
                 seen = check.on.observe(self.bound, candidate)
-                return next((c for c in judged(check, seen) if not c.ok), None)
+                failing = (c for c in judged(check, seen) if not c.ok)
+                return next((c for c in failing if raises or c.what != RAISES), None)
             except Exception:  # a simplification that is no valid case
                 return None
 

@@ -19,7 +19,8 @@ KEPT: Final = 64  # observations of an experiment on which they are compared bes
 
 @dataclass
 class Tally:
-    """What one check found: how often it decided, its smallest failing case, some observations that fail, its notes."""
+    """What one check found: how often it decided, its smallest failing case (one that returns, if there is any), some
+    observations that fail, its notes."""
 
     check: Check
     decided: int = 0
@@ -67,7 +68,7 @@ def tallied(bound: Bound, experiment: Experiment, cases: Iterable[Case]) -> Tall
                     continue
                 if len(tally.seen) < TELLING and seen not in tally.seen:
                     tally.seen.append(seen)
-                if tally.failing is None or _size(case) < _size(tally.failing[0]):
+                if tally.failing is None or _order(case, comparison) < _order(*tally.failing):
                     tally.failing = (case, comparison)
     return Tallies(tallies, "" if returned else raised, tuple(kept))
 
@@ -80,5 +81,8 @@ def judged(check: Check, seen: Seen) -> Iterator[Comparison]:
         yield Comparison(False, RAISES, "a dict of losses", seen.raised)
 
 
-def _size(case: Case) -> int:
-    return sum(v.numel() for n in case.layers for v in case.predictions(n).values()) + 4 * case.total
+def _order(case: Case, comparison: Comparison) -> tuple[bool, int]:
+    """What is returned wrongly tells more than what is raised, and a small case more than a large one."""
+    return comparison.what == RAISES, sum(
+        v.numel() for n in case.layers for v in case.predictions(n).values()
+    ) + 4 * case.total
