@@ -19,7 +19,7 @@ from detr_conformance.candidate import Bound
 from detr_conformance.cases import Case
 from detr_conformance.experiments import BATCH, CONFIGURED, DUELS, EDGES, MOVED, Experiment
 from detr_conformance.findings import Diagnosis
-from detr_conformance.footprints import HERE, MATCHED, OWN, Atom, Atoms, Probe, composed, equal
+from detr_conformance.footprints import HERE, MATCHED, OWN, Atom, Atoms, Probe, composed, equal, is_log
 from detr_conformance.observation import observe
 from detr_conformance.registry import Check, Fault, checks, faults
 from detr_conformance.search import MATCHING, SEPARATE, Search
@@ -50,7 +50,7 @@ class Diagnoser:
         if check.on.numbers:
             few = len(tally.cases) < SEPARATE  # each of these takes more than one call
             return None if few else self._by_numbers(check, tally.cases[:SEPARATE], spent)
-        failing = sorted((self.bench.probe(s) for s in tally.seen if not s.raised), key=_size)
+        failing = sorted((self.bench.probe(s) for s in tally.seen if not s.raised), key=_order)
         if check.component in BEHAVIOUR:
             behaves = self._by_behaviour(check, [p.seen for p in failing], spent)
             if behaves:
@@ -61,7 +61,9 @@ class Diagnoser:
             searches = [at[MATCHED].singles, at[HERE].singles, at[OWN].singles, at[HERE].numbers]
             searches += [at[MATCHED].placed, at[MATCHED].pairs, at[HERE].pairs]
         elif at[HERE].differs:  # some loss is wrong whatever is matched
-            searches = [at[HERE].singles, at[HERE].placed, at[OWN].singles, at[HERE].numbers, at[HERE].pairs]
+            searches = [at[HERE].singles, at[HERE].placed]
+            searches += [at[OWN].singles] if at[MATCHED].differs else []  # else its matching is right
+            searches += [at[HERE].numbers, at[HERE].pairs]
         else:
             searches = [at[MATCHED].singles, at[OWN].singles]
         found = next((found for search in searches if (found := search())), [])
@@ -191,6 +193,9 @@ def _kind(change: str) -> tuple[str, ...]:
     return path.split("[")[0], *parts[-1:], how.split(" ")[0] if how.startswith("length") else how
 
 
-def _size(probe: Probe) -> int:
+def _order(probe: Probe) -> tuple[bool, int]:
+    """Where a loss is clearly wrong comes first, and a small input before a large one."""
     case = probe.seen.case
-    return sum(v.numel() for n in case.layers for v in case.predictions(n).values()) + 4 * case.total
+    theirs, right = probe.theirs(HERE), probe.of(RIGHT, composed(RIGHT), HERE)
+    wrong = any(a[0] == "loss" and not is_log(a) and not probe.equal(a, theirs.get(a), v) for a, v in right.items())
+    return not wrong, sum(v.numel() for n in case.layers for v in case.predictions(n).values()) + 4 * case.total

@@ -145,6 +145,10 @@ class Search:
             found = [f for f in found if f.check.component in SLOPES or f.check.clause is check.clause]
         order: list[Callable[[Fault], bool]] = [lambda f: f.check is check, lambda f: f.check.clause is check.clause]
         order += [lambda f: f.check.component == check.component]
+        if self.view == HERE:
+            order += [lambda f: bool(terms_of(self.bench.book((f,))))]  # which are quickly tried
+        else:
+            order += [lambda f: f.check.component in MATCHING]
         return sorted(found, key=lambda f: tuple(not o(f) for o in order))
 
     # --- single faults ---
