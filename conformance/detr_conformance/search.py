@@ -33,6 +33,7 @@ from detr_reference.textbook import TERMS
 
 SEPARATE: Final = 3  # inputs that must tell a fault from the right textbook
 
+FEW: Final = 12  # inputs, where the kind of mistake is told by any
 MANY: Final = 99  # more inputs than an experiment keeps
 STEPS: Final = 4  # between which a number is sought
 MATCHING: Final = frozenset({"matching", "matching costs"})
@@ -82,7 +83,8 @@ class Search:
     def probes(self) -> list[Probe]:
         """The failing inputs, the smallest first, and neighbours on which a fault must fit as well."""
         bench = self.bench
-        more = bench.of(DUELS, KEPT) if self.view == MATCHED else []
+        costs = self.check.component == "matching costs"  # which many duels tell apart
+        more = bench.of(DUELS, KEPT if costs else FEW) if self.view == MATCHED else []
         more += [*bench.of(self.check.on, 8), *bench.of(BATCH, 6), *bench.of(CONFIGURED, 3)]
         return list(dict.fromkeys([*self.failing, *more]))
 
