@@ -61,9 +61,7 @@ class Diagnoser:
             searches = [at[MATCHED].singles, at[HERE].singles, at[OWN].singles, at[HERE].numbers]
             searches += [at[MATCHED].placed, at[MATCHED].pairs, at[HERE].pairs]
         elif at[HERE].differs:  # some loss is wrong whatever is matched
-            searches = [at[HERE].singles, at[HERE].placed]
-            searches += [at[OWN].singles] if at[MATCHED].differs else []  # else its matching is right
-            searches += [at[HERE].numbers, at[HERE].pairs]
+            searches = [at[HERE].singles, at[HERE].placed, at[OWN].singles, at[HERE].numbers, at[HERE].pairs]
         else:
             searches = [at[MATCHED].singles, at[OWN].singles]
         found = next((found for search in searches if (found := search())), [])

@@ -290,8 +290,8 @@ class Search:
             if self.spent():
                 return []
             if self._agrees_where_wrong(fault) and can_be_placed(fault):
-                good, bad = self._kinds(fault)
-                suspect = (placed(fault, good),) if good and bad else ()
+                kinds, others = self._kinds(fault)
+                suspect = (placed(fault, kinds),) if kinds and others else ()
                 if suspect and self.fits(suspect):
                     fitting += [suspect] * self.bench.breaks(suspect, self.check, self.failing[0].seen.case)
         return fitting if len(fitting) <= 2 else []
@@ -304,15 +304,20 @@ class Search:
         return bool(shown) and all(probe.equal(a, theirs.get(a), wrong.get(a)) for a in shown)
 
     def _kinds(self, fault: Fault) -> tuple[set[str], set[str]]:
-        """The kinds of layers where a fault shows and the candidate's numbers are its, and where they are not."""
+        """The kinds of layers where a fault shows and the candidate's numbers are its, and where they are right; none
+        where they are neither."""
         shown: set[str] = set()
-        bad: set[str] = set()
+        others: set[str] = set()
         for probe in self.probes:
             wrong, right, theirs = self._of(probe, (fault,)), self._of(probe, RIGHT), self._theirs(probe)
             for a in self._unequal(probe, wrong, right, theirs):
-                if layer := probe.layer(a):
-                    (shown if probe.equal(a, theirs.get(a), wrong.get(a)) else bad).add(kind(layer))
-        return shown - bad, bad
+                layer, own = probe.layer(a), theirs.get(a)
+                fits = probe.equal(a, own, wrong.get(a))
+                if layer and not fits and not probe.equal(a, own, right.get(a)):
+                    return set(), set()
+                if layer:
+                    (shown if fits else others).add(kind(layer))
+        return shown - others, others
 
     # --- two faults together ---
 
