@@ -22,6 +22,25 @@ def graded(vector):
     return {key: vector.layer(key.split(".")[0])[key.split(".")[1]].requires_grad_() for key in vector.grads}
 
 
+def slope_of_clamp_at_its_bound():
+    at = torch.zeros((), requires_grad=True)
+    at.clamp(min=0).backward()
+    return at.grad.item()
+
+
+def away_from_kinks(book, vector, layer, result):
+    """The rows [B,Q] of boxes whose gradient is no convention: of edges in line torch 2.15 has changed it, which was 1
+    where the vectors were recorded."""
+    rows = torch.ones(vector.layer(layer)["pred_boxes"].shape[:2], dtype=torch.bool)
+    if slope_of_clamp_at_its_bound() == 1 or layer not in result.matches:
+        return rows
+    for b, pairs in enumerate(result.matches[layer]):
+        boxes = vector.layer(layer)["pred_boxes"][b].detach()[pairs.query]
+        ours, theirs = book.corners(boxes), book.corners(vector.targets[b]["boxes"][pairs.target])
+        rows[b, pairs.query] = ((ours[:, :, None] - theirs[:, None, :]).abs() > 1e-9).flatten(1).all(1)
+    return rows
+
+
 @pytest.mark.parametrize("name", vectors.names())
 def test_published_losses_gradients_and_matching_costs(name):
     vector = vectors.load(name)
@@ -38,7 +57,9 @@ def test_published_losses_gradients_and_matching_costs(name):
     sum(vector.weights[k.split("_")[1]] * result.losses[k] for k in trained).backward()
     for key, expected in vector.grads.items():
         scale = expected.abs().max().item()
-        torch.testing.assert_close(leaves[key].grad, expected, rtol=1e-7, atol=1e-7 * scale + 1e-12, msg=key)
+        rows = away_from_kinks(book, vector, key.split(".")[0], result) if key.endswith("boxes") else ...
+        got, expected = leaves[key].grad[rows], expected[rows]
+        torch.testing.assert_close(got, expected, rtol=1e-7, atol=1e-7 * scale + 1e-12, msg=key)
 
     for layer in book.layers(vector.outputs) if vector.matches else ():
         for b, target in enumerate(book.layer_targets(layer, vector.targets)):
