@@ -1,10 +1,9 @@
 """What was really run where: judges the same criterions in this environment and records it in docs/compatibility.md.
 
-    tox exec -e py310-torch2.4-lowest -- python tests/compatibility.py py310-torch2.4-lowest --tests
-    python tests/compatibility.py --check                          the page is that of the records
-    python tests/compatibility.py py310-torch2.4-lowest --check    and who is judged here is judged as recorded
-
-``--tests`` runs the project's own tests as well and records pytest's closing line.
+tox exec -e py310-torch2.4-lowest -- python tests/compatibility.py py310-torch2.4-lowest
+python tests/compatibility.py --tox .tox                       records what `tox run` left there: tests, time, disk
+python tests/compatibility.py --check                          the page is that of the records
+python tests/compatibility.py py310-torch2.4-lowest --check    and who is judged here is judged as recorded
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ import argparse
 import json
 import platform
 import re
-import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -46,15 +44,7 @@ def verdict(candidate, profile, level):
     return "conformant" if report.conformant else " ".join(sorted({f.clause for f in report.failed})) or "not judged"
 
 
-def tests():
-    """The closing line of the project's tests."""
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-n", "2", "-q"], capture_output=True, text=True, check=False
-    )
-    return re.sub(r" in [\d.]+s.*", "", done.stdout.strip().splitlines()[-1]).strip("= ")
-
-
-def record(environment, with_tests):
+def record(environment):
     """Judge all, and put it beside what other environments found."""
     found = {"python": platform.python_version(), "machine": f"{platform.system()} {platform.machine()}"}
     for name in PACKAGES:
@@ -64,12 +54,39 @@ def record(environment, with_tests):
             found[name] = "—"
     found["verdicts"] = {name: verdict(*how) for name, *how in candidates()}
     every = records()
-    if with_tests:
-        found["tests"] = tests()
-    elif "tests" in every.get(environment, {}):
-        found["tests"] = every[environment]["tests"]
-    every[environment] = found
-    RECORDS.write_text(json.dumps(dict(sorted(every.items())), indent=1, ensure_ascii=False) + "\n", "utf-8")
+    every["judged"][environment] = found
+    written(every)
+
+
+def record_runs(workdir):
+    """Put down what tox left in its working directory: how each environment's commands ended, the time they and the
+    building took, and the disk that the environment takes."""
+    every = records()
+    every["runs"] |= {e.name: run(e) for e in sorted(workdir.iterdir()) if list(e.glob("log/*-commands*"))}
+    written(every)
+
+
+def run(environment):
+    """What tox left of one environment."""
+    logs = sorted((environment / "log").iterdir(), key=lambda log: log.stat().st_mtime)
+    built = next(log for log in logs if "install_package." in log.name).stat().st_mtime
+    begun = next(log for log in reversed(logs) if "install_package." in log.name).stat().st_mtime
+    commands = [log for log in logs if "commands[" in log.name and log.stat().st_mtime >= begun]
+    failed = [log for log in commands if "exit_code: 0" not in log.read_text("utf-8")]
+    closing = re.sub(r" in [\d.]+s.*", "", commands[-1].read_text("utf-8").strip().splitlines()[-1]).strip("= ")
+    ended = closing if "passed" in closing else "failed" if failed else "passed"
+    size = sum(f.lstat().st_blocks * 512 for f in environment.rglob("*"))
+    return {
+        "ended": ended,
+        "build": round(built - (environment / "pyvenv.cfg").stat().st_mtime),
+        "run": round(commands[-1].stat().st_mtime - begun),
+        "disk": round(size / 1e9, 1),
+    }
+
+
+def written(every):
+    every = {kind: dict(sorted(found.items())) for kind, found in every.items()}
+    RECORDS.write_text(json.dumps(every, indent=1, ensure_ascii=False) + "\n", "utf-8")
     PAGE.write_text(page(every), "utf-8")
 
 
@@ -77,7 +94,7 @@ def problems(environment):
     """What is not as recorded: the page, and the verdicts here, where an environment is named."""
     every = records()
     found = [] if PAGE.read_text("utf-8") == page(every) else [f"{PAGE} is not that of {RECORDS}"]
-    recorded = every.get(environment, {}).get("verdicts", {})
+    recorded = every["judged"].get(environment, {}).get("verdicts", {})
     for name, *how in candidates() if environment else ():
         before, now = recorded.get(name, "not recorded"), verdict(*how)
         print(f"{name}: {now}", flush=True)
@@ -86,21 +103,27 @@ def problems(environment):
 
 
 def records():
-    return json.loads(RECORDS.read_text("utf-8")) if RECORDS.is_file() else {}
+    return json.loads(RECORDS.read_text("utf-8")) if RECORDS.is_file() else {"judged": {}, "runs": {}}
 
 
 def page(every):
     """docs/compatibility.md."""
-    lines = ["# Where it was run", "", "Written by `python tests/compatibility.py ENVIRONMENT`; do not edit.", ""]
-    head = ["environment", "Python", *PACKAGES, "tests"]
-    rows = [[name, e["python"], *(e[p] for p in PACKAGES), e.get("tests", "not run")] for name, e in every.items()]
-    lines += table(head, rows)
-    names = list(dict.fromkeys(n for e in every.values() for n in e["verdicts"]))
-    rows = [[n, *(e["verdicts"].get(n, "—") for e in every.values())] for n in names]
+    judged, runs = every["judged"], every["runs"]
+    lines = ["# Where it was run", "", "Written by `python tests/compatibility.py`; do not edit.", ""]
+    lines += table(
+        ["environment", "Python", *PACKAGES], [[n, e["python"], *map(e.get, PACKAGES)] for n, e in judged.items()]
+    )
+    names = list(dict.fromkeys(n for e in judged.values() for n in e["verdicts"]))
+    rows = [[n, *(e["verdicts"].get(n, "—") for e in judged.values())] for n in names]
     lines += ["", "At effort quick, the references at level should, all others at must:", ""]
-    lines += table(["criterion", *every], rows)
+    lines += table(["criterion", *judged], rows)
     differing = [row[0] for row in rows if len(set(row[1:])) > 1]
     lines += ["", f"Judged otherwise somewhere: {', '.join(differing)}." if differing else "Judged alike everywhere."]
+    lines += ["", "What `tox run` does in each, on two cores:", ""]
+    rows = [[n, e["ended"], f"{e['build']} s", f"{e['run']} s", f"{e['disk']} GB"] for n, e in runs.items()]
+    lines += table(["environment", "its commands", "to build", "to run", "disk"], rows)
+    minutes = sum(e["build"] + e["run"] for e in runs.values()) / 60
+    lines += ["", f"All together: {minutes:.0f} minutes and {sum(e['disk'] for e in runs.values()):.0f} GB."]
     return "\n".join(lines) + "\n"
 
 
@@ -111,12 +134,15 @@ def table(head, rows):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("environment", nargs="?", help="its name in tox.ini")
-    parser.add_argument("--tests", action="store_true", help="run the project's tests as well")
+    parser.add_argument("--tox", type=Path, metavar="WORKDIR", help="record what tox has run there")
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 where something is not as recorded")
     given = parser.parse_args()
     if given.check:
         sys.exit("\n".join(problems(given.environment)) or 0)
-    if not given.environment:
+    if not (given.environment or given.tox):
         parser.error("ENVIRONMENT is missing: a name of tox.ini")
-    record(given.environment, given.tests)
+    if given.tox:
+        record_runs(given.tox)
+    if given.environment:
+        record(given.environment)
     print(PAGE.read_text("utf-8"))
