@@ -50,11 +50,13 @@ WIDE: Final = tuple(Recipe(721 + i, (2, 1), 3 + i, classes=4, logits="extreme") 
 class Bench:
     """The inputs of one candidate, each a Probe that keeps what is evaluated on it; so checks share what is evaluated.
 
-    ``tallies``: what an experiment has found.
+    ``tallies``: what an experiment has found · ``named``: the faults that explain other checks, so they may have a part
+    in what this one finds.
     """
 
     bound: Bound
     tallies: Callable[[Experiment], Tallies]
+    named: list[Fault] = field(default_factory=list)
     _probes: dict[int, Probe] = field(default_factory=dict, repr=False)
     _books: dict[Suspects, Textbook] = field(default_factory=dict, repr=False)
 

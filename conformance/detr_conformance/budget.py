@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 
 def budget(seconds: float) -> Callable[[], bool]:
@@ -20,3 +22,16 @@ def budget(seconds: float) -> Callable[[], bool]:
         return gone > 8 * seconds or time.process_time() > computing
 
     return spent
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Within it no garbage is collected, where there is a lot to make and little time: each collection goes through
+    all that torch has loaded."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()

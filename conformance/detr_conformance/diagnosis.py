@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 from detr_conformance.bench import BEHAVIOUR, RIGHT, Bench, Suspects
-from detr_conformance.budget import budget
+from detr_conformance.budget import budget, uncollected
 from detr_conformance.candidate import Bound
 from detr_conformance.cases import Case
 from detr_conformance.experiments import BATCH, CONFIGURED, DUELS, EDGES, MOVED, Experiment
@@ -41,62 +41,78 @@ class Diagnoser:
     def __init__(self, bound: Bound, tallies: Callable[[Experiment], Tallies]) -> None:
         self.bound, self.bench = bound, Bench(bound, tallies)
 
+    @uncollected()
     def diagnose(self, check: Check, tally: Tally) -> Diagnosis | None:
         """The faults that fit what the candidate returns where ``check`` fails; None where none does, where more than
         two do that nothing tells apart, or where too few inputs tell."""
+        found, tried = self._search(check, tally)
+        if not found:
+            return None
+        if len(found) == 1:
+            self.bench.named.extend(f for f in found[0] if f not in self.bench.named)
+        return _diagnosis(found, tried)
+
+    def _search(self, check: Check, tally: Tally) -> tuple[list[Suspects], int]:
+        """The suspects that fit, and on how many inputs they were tried."""
         for experiment in () if check.on.numbers else (BATCH, CONFIGURED, EDGES, DUELS):
             self.bench.tallies(experiment)  # which is judging, not diagnosing
         spent = budget(SECONDS)
         if check.on.numbers:
             few = len(tally.cases) < SEPARATE  # each of these takes more than one call
-            return None if few else self._by_numbers(check, tally.cases[:SEPARATE], spent)
+            return ([] if few else self._by_numbers(check, tally.cases[:SEPARATE], spent)), SEPARATE
         failing = sorted((self.bench.probe(s) for s in tally.seen if not s.raised), key=_order)
         if check.component in BEHAVIOUR:
             behaves = self._by_behaviour(check, [p.seen for p in failing], spent)
             if behaves:
-                return _diagnosis([(f,) for f in behaves], SEPARATE)
+                return [(f,) for f in behaves], SEPARATE
         about = tally.failing[1].what if tally.failing else ""
         at = {view: Search(self.bench, check, view, failing, spent, about) for view in (HERE, MATCHED, OWN)}
         if check.component in MATCHING:
             searches = [at[MATCHED].singles, at[HERE].singles, at[OWN].singles, at[HERE].numbers]
             searches += [at[MATCHED].placed, at[MATCHED].pairs, at[HERE].pairs]
         elif at[HERE].differs:  # some loss is wrong whatever is matched
-            searches = [at[HERE].singles, at[HERE].placed, at[OWN].singles, at[HERE].numbers, at[HERE].pairs]
+            searches = [at[HERE].singles, at[HERE].placed, at[HERE].numbers, at[HERE].pairs, at[OWN].singles]
         else:
             searches = [at[MATCHED].singles, at[OWN].singles]
         found = next((found for search in searches if (found := search())), [])
         if not found and at[HERE].forms_alone:
             found = [(f,) for f in self._by_behaviour(check, [p.seen for p in failing], spent)]
-        return _diagnosis(found, len(at[HERE].probes)) if found else None
+        return found, len(at[HERE].probes)
 
     # --- what is no matter of numbers that one call returns ---
 
-    def _by_numbers(self, check: Check, cases: Sequence[Case], spent: Callable[[], bool]) -> Diagnosis | None:
-        """By what the check's experiment says that tells faults apart."""
+    def _by_numbers(self, check: Check, cases: Sequence[Case], spent: Callable[[], bool]) -> list[Suspects]:
+        """By what the check's experiment says that tells faults apart; where none explains it alone, one beside those
+        that explain other checks."""
         numbers = check.on.numbers
         assert numbers is not None
         theirs, right = (
             [numbers(b, case) for case in cases] for b in (self.bound, self.bench.bound_to(composed(RIGHT)))
         )
-        fitting = []
         chapter = check.clause.id.split("-")[0]
-        for fault in faults(self.bound.profile):
-            if fault.check.on.numbers is not numbers:
-                continue
-            if fault.check.component != check.component and fault.check.clause.id.split("-")[0] != chapter:
-                continue
-            if spent():
-                return None  # not all were tried, so none can be told apart
-            book = self.bench.bound_to(fault.apply(composed(RIGHT)))
-            wrong: list[Atoms] = []
-            for case, t, r in zip(cases, theirs, right, strict=True):
-                wrong.append(numbers(book, case))
-                if not _agrees(t, wrong[-1], r):
-                    break  # each of these takes more than one call
-            fits = len(wrong) == len(cases) and _fits(theirs, wrong, right)
-            if fits and self.bench.breaks((fault,), check, cases[0]):
-                fitting.append(fault)
-        return _diagnosis([(f,) for f in fitting], len(cases)) if 1 <= len(fitting) <= 2 else None
+        known = [
+            f
+            for f in faults(self.bound.profile)
+            if f.check.on.numbers is numbers
+            and (f.check.component == check.component or f.check.clause.id.split("-")[0] == chapter)
+        ]
+        for others in ((), *((f,) for f in self.bench.named if f not in known)):
+            fitting: list[Suspects] = []
+            for suspects in ((*others, f) for f in known):
+                if spent():
+                    return []  # not all were tried, so none can be told apart
+                book = self.bench.bound_to(self.bench.book(suspects))
+                wrong: list[Atoms] = []
+                for case, t, r in zip(cases, theirs, right, strict=True):
+                    wrong.append(numbers(book, case))
+                    if not _agrees(t, wrong[-1], r):
+                        break  # each of these takes more than one call
+                fits = len(wrong) == len(cases) and _fits(theirs, wrong, right)
+                if fits and self.bench.breaks(suspects, check, cases[0]):
+                    fitting.append(suspects)
+            if fitting:
+                return fitting if len(fitting) <= (1 if others else 2) else []
+        return []
 
     def _by_behaviour(self, check: Check, failing: Sequence[Seen], spent: Callable[[], bool]) -> list[Fault]:
         """By what the checks of the experiment say: which of them fail, and in what."""

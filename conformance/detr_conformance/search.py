@@ -126,7 +126,8 @@ class Search:
 
     def _wrong_at(self, probe: Probe) -> frozenset[Atom]:
         theirs = {a: v for a, v in self._theirs(probe).items() if a[0] != "grad"}
-        return self._unequal(probe, theirs, self._of(probe, RIGHT), theirs)
+        found = self._unequal(probe, theirs, self._of(probe, RIGHT), theirs)
+        return frozenset(a for a in found if not is_log(a)) or found
 
     @cached_property
     def known(self) -> list[Fault]:
@@ -165,7 +166,7 @@ class Search:
                 if fault.check.clause is self.check.clause:
                     return []  # not all of those were tried that could be mistaken for each other
                 break
-            if footprint := self.fits((fault,)):
+            if not self._contradicts((fault,)) and (footprint := self.fits((fault,))):
                 shown[fault] = footprint
         fitting = [f for f, own in shown.items() if not any(own < more for more in shown.values())]
         fitting = [f for f in fitting if self.bench.breaks((f,), self.check, self.failing[0].seen.case)]
@@ -210,6 +211,19 @@ class Search:
             return NOTHING
         agrees = all(self._agrees_on(probe, suspects, footprint, i) for i, probe in enumerate(self.probes))
         return frozenset(shown) if agrees else NOTHING
+
+    def _contradicts(self, suspects: Suspects) -> bool:
+        """True where one loss of the first input, which is quick to tell, is neither the suspects' nor right."""
+        probe, atom = self.failing[0], self._number_wrong
+        if self.view != HERE or not atom or atom[0] != "loss":
+            return False
+        theirs, ours = self._theirs(probe).get(atom), self._loss(suspects)
+        if ours is None or _unguarded(theirs, ours) or probe.equal(atom, theirs, ours):
+            return False
+        return not probe.equal(atom, ours, self._loss(RIGHT))
+
+    def _loss(self, suspects: Suspects) -> Any:
+        return self.failing[0].loss(suspects, self.bench.book(suspects), self.view, self._number_wrong)
 
     def _agreeing_edges(self, fault: Fault) -> int:
         return sum(self._difference(p, (fault,), slopes=False).agrees for p in self.bench.edges)
@@ -263,11 +277,15 @@ class Search:
         """The number with which a fault gives the candidate's, to be sought between those that give more and less."""
         probe = self.failing[0]
         goal = _size_of(self._theirs(probe).get(atom)) or 0.0
-        at, of = fault.at, self._gradients if atom[0] == "grad" else self._of
+        at = fault.at
         assert at
 
         def excess(log: float) -> float:
-            found = _size_of(of(probe, (at(math.exp(log)),)).get(atom))
+            suspects = (at(math.exp(log)),)
+            if atom[0] == "loss":
+                found = _size_of(self._loss(suspects))
+            else:
+                found = _size_of((self._gradients if atom[0] == "grad" else self._of)(probe, suspects).get(atom))
             return math.nan if found is None else found - goal
 
         ends = [math.log(end) for end in fault.span]
@@ -289,7 +307,7 @@ class Search:
         for fault in self.known if self.differs else ():
             if self.spent():
                 return []
-            if self._agrees_where_wrong(fault) and can_be_placed(fault):
+            if not self._contradicts((fault,)) and self._agrees_where_wrong(fault) and can_be_placed(fault):
                 kinds, others = self._kinds(fault)
                 suspect = (placed(fault, kinds),) if kinds and others else ()
                 if suspect and self.fits(suspect):
@@ -347,11 +365,16 @@ class Search:
 
     def _likely(self) -> Iterator[Suspects]:
         """Pairs whose numbers do not contradict the candidate's where only one of the two shows; those first whose
-        effects, multiplied or added, are the candidate's. Of a matching, which tells little of what made it, only
-        pairs with a fault that the losses show."""
+        effects, multiplied or added, are the candidate's, then those with a fault that explains another check, then
+        those of faults that the catalogue has early, which are the usual ones. Of a matching, which tells little of
+        what made it, only pairs with a fault that the losses show."""
         probe = self.telling
         shown, wrong = {}, self._wrong_at(probe)
+        elsewhere = Search(self.bench, self.check, MATCHED, self.failing, self.spent)
+        matched_otherwise = self.view == HERE and bool(elsewhere._wrong_at(probe))
         for fault in self.known:
+            if matched_otherwise and "layers" in changed(self.bench.book((fault,))):
+                continue  # which can be evaluated at its own matching alone
             own = self._difference(probe, (fault,), slopes=False).own
             if own & wrong and not self.spent():
                 shown[fault] = own
@@ -361,6 +384,7 @@ class Search:
             for f, own in shown.items()
         }
         here = Search(self.bench, self.check, HERE, self.failing, self.spent, self.about)
+        shown = {f: shown[f] for f in sorted(shown, key=lambda f: f not in self.bench.named)}
         first = [f for f in shown if self.view != MATCHED or here.fits((f,))]
         later: list[Suspects] = []
         for i, one in enumerate(first):
@@ -373,7 +397,9 @@ class Search:
                     yield one, two
                 else:
                     later.append((one, two))
-        yield from later
+        place = {f: i for i, f in enumerate(self.bench.suspects(plain=False))}
+        known = self.bench.named
+        yield from sorted(later, key=lambda pair: (known.count(pair[0]) == 0, sum(place[f] for f in pair)))
 
     @cached_property
     def telling(self) -> Probe:
@@ -387,10 +413,13 @@ class Search:
         return found.agrees and self._wrong_at(probe) <= found.own
 
     def _lost(self, suspects: Suspects) -> bool:
-        """True where the second fault undoes the first, so that it is alone."""
+        """True where one fault does nothing beside the other, or undoes it, so that the other is alone."""
         probe = self.telling
-        both, last = self._of(probe, suspects), self._of(probe, suspects[1:])
-        return all(probe.equal(a, both.get(a), last.get(a)) for a in {*both, *last})
+        both = self._of(probe, suspects)
+        return any(
+            all(probe.equal(a, both.get(a), alone.get(a)) for a in {*both, *alone})
+            for alone in (self._of(probe, (f,)) for f in suspects)
+        )
 
     # --- one input ---
 

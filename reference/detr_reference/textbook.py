@@ -134,10 +134,10 @@ class Textbook:
 
     def __post_init__(self) -> None:
         # a formula becomes a method of this very bundle; replace() hands over methods of the old one, hence __func__
-        for f in fields(self):
-            if f.name != "o":
-                formula = getattr(self, f.name)
-                object.__setattr__(self, f.name, MethodType(getattr(formula, "__func__", formula), self))
+        own = vars(self)
+        for name, formula in own.items():
+            if name != "o":
+                own[name] = MethodType(getattr(formula, "__func__", formula), self)
 
     def under(self, options: Options) -> Textbook:
         """The same formulas under other options."""
