@@ -71,7 +71,7 @@ class Diagnoser:
             searches = [at[MATCHED].singles, at[HERE].singles, at[OWN].singles, at[HERE].numbers]
             searches += [at[MATCHED].placed, at[MATCHED].pairs, at[HERE].pairs]
         elif at[HERE].differs:  # some loss is wrong whatever is matched
-            searches = [at[HERE].singles, at[HERE].placed, at[HERE].numbers, at[HERE].pairs, at[OWN].singles]
+            searches = [at[HERE].singles, at[OWN].singles, at[HERE].placed, at[HERE].numbers, at[HERE].pairs]
         else:
             searches = [at[MATCHED].singles, at[OWN].singles]
         found = next((found for search in searches if (found := search())), [])

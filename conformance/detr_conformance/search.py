@@ -138,6 +138,9 @@ class Search:
         found = [f for f in self.bench.suspects(plain) if not changed(self.bench.book((f,))) <= alone]
         if self.view == OWN:
             found = [f for f in found if f.check.component in MATCHING or f.check is check]
+            here = Search(self.bench, check, HERE, self.failing, self.spent)
+            if check.component not in MATCHING and here.differs:  # whatever is matched, which costs do not explain
+                found = [f for f in found if not changed(self.bench.book((f,))) <= COSTS_ALONE]
         elif self.view == HERE and self.failing[0].seen.case.maskless:  # one term explains nothing of another
             terms = {_term(a) for a in self.wrong}
             own = {f: terms_of(self.bench.book((f,))) for f in found}
@@ -341,7 +344,7 @@ class Search:
 
     def pairs(self) -> list[Suspects]:
         """Two faults that fit together where none does alone."""
-        if not self.differs:
+        if not self.differs or self.spent():
             return []
         for one, two in self._likely():
             if self.spent():
@@ -375,8 +378,10 @@ class Search:
         for fault in self.known:
             if matched_otherwise and "layers" in changed(self.bench.book((fault,))):
                 continue  # which can be evaluated at its own matching alone
+            if self.spent():
+                return
             own = self._difference(probe, (fault,), slopes=False).own
-            if own & wrong and not self.spent():
+            if own & wrong:
                 shown[fault] = own
         right, theirs = self._of(probe, RIGHT), self._theirs(probe)
         good = {
@@ -385,9 +390,11 @@ class Search:
         }
         here = Search(self.bench, self.check, HERE, self.failing, self.spent, self.about)
         shown = {f: shown[f] for f in sorted(shown, key=lambda f: f not in self.bench.named)}
-        first = [f for f in shown if self.view != MATCHED or here.fits((f,))]
+        first = [f for f in shown if self.view != MATCHED or (not self.spent() and here.fits((f,)))]
         later: list[Suspects] = []
         for i, one in enumerate(first):
+            if self.spent():
+                return
             for two in first[i + 1 :] if self.view != MATCHED else shown:
                 a, b = shown[one], shown[two]
                 if not (a - b <= good[one] and b - a <= good[two] and wrong <= a | b) or one is two:
@@ -405,7 +412,7 @@ class Search:
     def telling(self) -> Probe:
         """The smallest failing input that no single fault explains that explains the first; so two show there."""
         first = self.failing[0]
-        alone = [f for f in self.known if self._explains(first, f)]
+        alone = [f for f in self.known if not self.spent() and self._explains(first, f)]
         return next((p for p in self.failing if not any(self._explains(p, f) for f in alone)), first)
 
     def _explains(self, probe: Probe, fault: Fault) -> bool:
