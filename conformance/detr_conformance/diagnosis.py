@@ -75,7 +75,7 @@ class Diagnoser:
         else:
             searches = [at[MATCHED].singles, at[OWN].singles]
         found = next((found for search in searches if (found := search())), [])
-        if not found and at[HERE].forms_alone:
+        if not found and check.component not in MATCHING and at[HERE].forms_alone:
             found = [(f,) for f in self._by_behaviour(check, [p.seen for p in failing], spent)]
         return found, len(at[HERE].probes)
 

@@ -77,6 +77,7 @@ class Search:
     ) -> None:
         self.bench, self.check, self.view, self.failing, self.spent = bench, check, view, failing, spent
         self.about = about
+        self.of_logs = "_error" in about  # which else are as the criterion likes them
         self._seen: dict[tuple[Suspects, int, bool], Difference] = {}
 
     @cached_property
@@ -126,8 +127,7 @@ class Search:
 
     def _wrong_at(self, probe: Probe) -> frozenset[Atom]:
         theirs = {a: v for a, v in self._theirs(probe).items() if a[0] != "grad"}
-        found = self._unequal(probe, theirs, self._of(probe, RIGHT), theirs)
-        return frozenset(a for a in found if not is_log(a)) or found
+        return self._unequal(probe, theirs, self._of(probe, RIGHT), theirs)
 
     @cached_property
     def known(self) -> list[Fault]:
@@ -456,7 +456,7 @@ class Search:
             a
             for a in {*one, *right}
             if self._counts(a)
-            and (a in theirs or not is_log(a))
+            and (not is_log(a) or (self.of_logs and a in theirs))
             and not _unguarded(theirs.get(a), one.get(a))
             and not probe.equal(a, one.get(a), right.get(a))
         )

@@ -60,6 +60,14 @@ for name, sentence, formula in (
     known(loss_bbox_is_the_sum_of_l1_over_nb, name, sentence, fix="nb = max(N, 1), N the targets of the batch",
           num_boxes=formula)  # fmt: skip
 
+
+def _tokens(book: Textbook, targets: Any) -> Tensor:
+    return torch.stack([(t["token_labels"] > 0).sum() for t in targets]).sum().double().clamp(min=1)
+
+
+known(loss_bbox_is_the_sum_of_l1_over_nb, "nb-counts-tokens", "nb counts the positive tokens of all targets.",
+      fix="nb = max(N, 1), N the targets of the batch", profiles=TEXT, num_boxes=_tokens)  # fmt: skip
+
 for name, sentence, of, profiles in (
     ("nb-is-that-of-the-first-image", "nb is the number of targets of the first image.", lambda n: max(n[0], 1),
      EVERY - TEXT),

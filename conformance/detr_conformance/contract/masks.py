@@ -161,6 +161,16 @@ def mask_loss_without_focusing(book: Textbook) -> Textbook:
     return replace(book, mask_focal_term=term)
 
 
+@fault(loss_mask_is_the_focal_loss_averaged_over_pixels, fix="the focal loss of the pixels: α, 1 − α and (1 − p_t)²")
+def mask_loss_is_plain_cross_entropy(book: Textbook) -> Textbook:
+    """Plain binary cross-entropy of the pixels: neither α nor γ."""
+
+    def term(book: Textbook, x: Tensor, m: Tensor) -> Tensor:
+        return minus_log_sigmoid(torch.where(m > 0, x, -x))
+
+    return replace(book, mask_focal_term=term)
+
+
 # --- sizes ---
 
 
