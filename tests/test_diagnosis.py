@@ -102,6 +102,23 @@ def test_two_mistakes_of_independent_code_are_named(one, two, clause, names):
     assert ids(diagnosed(wrong.factory, wrong.profile, clause)) == names
 
 
+def test_what_explains_another_check_is_taken_into_account_over_ranks():
+    one, two = "class-loss-averaged-over-queries", "nb-of-the-own-rank"
+    wrong = candidate_of(FAULTS[two].apply(FAULTS[one].apply(textbook)), "deformable-detr")
+    judge = Judge(wrong, Settings(profile="deformable-detr", effort="quick", clauses=("CLS-6", "DIST-1")))
+    found = {
+        check: judge.finding(check).diagnosis for check in ("the_class_loss_is_a_sum", "nb_is_the_mean_over_ranks")
+    }
+    assert [ids([d]) for d in found.values()] == [{one}, {one, two}]
+
+
+def test_what_is_logged_by_another_convention_contradicts_nothing():
+    """A cardinality of sigmoids is logged as published code does, or otherwise."""
+    fault = FAULTS["auxiliary-layers-count-from-one"]
+    book = replace(fault.apply(textbook), cardinality_error=lambda book, layer, *_: layer.logits.sum().detach())
+    assert ids(diagnosed(candidate_of(book, "deformable-detr"), "deformable-detr", "LAYER-1")) == {fault.id}
+
+
 @pytest.mark.parametrize(
     ("clause", "formulas"),
     [

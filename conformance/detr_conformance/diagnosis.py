@@ -82,13 +82,15 @@ class Diagnoser:
     # --- what is no matter of numbers that one call returns ---
 
     def _by_numbers(self, check: Check, cases: Sequence[Case], spent: Callable[[], bool]) -> list[Suspects]:
-        """By what the check's experiment says that tells faults apart; where none explains it alone, one beside those
-        that explain other checks."""
+        """By what the check's experiment says that tells faults apart; beside the faults that explain other checks,
+        where these show in it."""
         numbers = check.on.numbers
         assert numbers is not None
-        theirs, right = (
-            [numbers(b, case) for case in cases] for b in (self.bound, self.bench.bound_to(composed(RIGHT)))
-        )
+
+        def of(suspects: Suspects, case: Case) -> Atoms:
+            return numbers(self.bench.bound_to(self.bench.book(suspects)), case)
+
+        theirs, right = [numbers(self.bound, case) for case in cases], [of(RIGHT, case) for case in cases]
         chapter = check.clause.id.split("-")[0]
         known = [
             f
@@ -96,23 +98,21 @@ class Diagnoser:
             if f.check.on.numbers is numbers
             and (f.check.component == check.component or f.check.clause.id.split("-")[0] == chapter)
         ]
-        for others in ((), *((f,) for f in self.bench.named if f not in known)):
-            fitting: list[Suspects] = []
-            for suspects in ((*others, f) for f in known):
-                if spent():
-                    return []  # not all were tried, so none can be told apart
-                book = self.bench.bound_to(self.bench.book(suspects))
-                wrong: list[Atoms] = []
-                for case, t, r in zip(cases, theirs, right, strict=True):
-                    wrong.append(numbers(book, case))
-                    if not _agrees(t, wrong[-1], r):
-                        break  # each of these takes more than one call
-                fits = len(wrong) == len(cases) and _fits(theirs, wrong, right)
-                if fits and self.bench.breaks(suspects, check, cases[0]):
-                    fitting.append(suspects)
-            if fitting:
-                return fitting if len(fitting) <= (1 if others else 2) else []
-        return []
+        named = [f for f in self.bench.named if f not in known]
+        others = tuple(f for f in named if not spent() and _own(of((f,), cases[0]), right[0]))
+        fitting: list[Suspects] = []
+        for suspects in ((*others, f) for f in known):
+            if spent():
+                return []  # not all were tried, so none can be told apart
+            wrong: list[Atoms] = []
+            for case, t, r in zip(cases, theirs, right, strict=True):
+                wrong.append(of(suspects, case))
+                if not _agrees(t, wrong[-1], r):
+                    break  # each of these takes more than one call
+            fits = len(wrong) == len(cases) and _fits(theirs, wrong, right)
+            if fits and self.bench.breaks(suspects, check, cases[0]):
+                fitting.append(suspects)
+        return fitting if len(fitting) <= (1 if others else 2) else []
 
     def _by_behaviour(self, check: Check, failing: Sequence[Seen], spent: Callable[[], bool]) -> list[Fault]:
         """By what the checks of the experiment say: which of them fail, and in what."""

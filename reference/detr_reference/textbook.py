@@ -12,7 +12,7 @@ x logits, p = σ(x), y the class target, m a target mask, G denoising groups.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from types import MethodType
 from typing import Any
 
