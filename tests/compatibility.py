@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import re
 import sys
@@ -62,26 +63,32 @@ def record_runs(workdir):
     """Put down what tox left in its working directory: how each environment's commands ended, the time they and the
     building took, and the disk that the environment takes."""
     every = records()
-    every["runs"] |= {e.name: run(e) for e in sorted(workdir.iterdir()) if list(e.glob("log/*-commands*"))}
+    for environment in sorted(e for e in workdir.iterdir() if list(e.glob("log/*-commands*"))):
+        every["runs"][environment.name] = {**every["runs"].get(environment.name, {}), **run(environment)}
     written(every)
 
 
 def run(environment):
-    """What tox left of one environment."""
-    logs = sorted((environment / "log").iterdir(), key=lambda log: log.stat().st_mtime)
-    built = next(log for log in logs if "install_package." in log.name).stat().st_mtime
-    begun = next(log for log in reversed(logs) if "install_package." in log.name).stat().st_mtime
-    commands = [log for log in logs if "commands[" in log.name and log.stat().st_mtime >= begun]
-    failed = [log for log in commands if "exit_code: 0" not in log.read_text("utf-8")]
+    """What tox left of one environment; it keeps the logs of its last run alone, so how long the building took is known
+    only where that run built it."""
+    logs = {log.name.split("-", 1)[1]: log for log in (environment / "log").iterdir()}
+    commands = sorted((log for name, log in logs.items() if name.startswith("commands")), key=_time)
     closing = re.sub(r" in [\d.]+s.*", "", commands[-1].read_text("utf-8").strip().splitlines()[-1]).strip("= ")
-    ended = closing if "passed" in closing else "failed" if failed else "passed"
-    size = sum(f.lstat().st_blocks * 512 for f in environment.rglob("*"))
-    return {
-        "ended": ended,
-        "build": round(built - (environment / "pyvenv.cfg").stat().st_mtime),
-        "run": round(commands[-1].stat().st_mtime - begun),
-        "disk": round(size / 1e9, 1),
+    failed = any("exit_code: 0" not in log.read_text("utf-8") for log in commands)
+    installed = _time(logs["install_package.log"])
+    found = {
+        "ended": closing if " passed" in closing else "failed" if failed else "passed",
+        "run": round(_time(commands[-1]) - installed),
+        "disk": round(sum(f.lstat().st_blocks * 512 for f in environment.rglob("*")) / 1e9, 1),
+        "cores": os.cpu_count(),
     }
+    if "install_deps.log" in logs:
+        found["build"] = round(installed - _time(environment / "pyvenv.cfg"))
+    return found
+
+
+def _time(file):
+    return file.stat().st_mtime
 
 
 def written(every):
@@ -119,16 +126,19 @@ def page(every):
     lines += table(["criterion", *judged], rows)
     differing = [row[0] for row in rows if len(set(row[1:])) > 1]
     lines += ["", f"Judged otherwise somewhere: {', '.join(differing)}." if differing else "Judged alike everywhere."]
-    lines += ["", "What `tox run` does in each, on two cores:", ""]
-    rows = [[n, e["ended"], f"{e['build']} s", f"{e['run']} s", f"{e['disk']} GB"] for n, e in runs.items()]
-    lines += table(["environment", "its commands", "to build", "to run", "disk"], rows)
-    minutes = sum(e["build"] + e["run"] for e in runs.values()) / 60
+    lines += ["", "What `tox run` does in each:", ""]
+    rows = [
+        [n, e["ended"], f"{e.get('build', '?')} s", f"{e['run']} s", f"{e['disk']} GB", e["cores"]]
+        for n, e in runs.items()
+    ]
+    lines += table(["environment", "its commands", "to build", "to run", "disk", "cores"], rows)
+    minutes = sum(e.get("build", 0) + e["run"] for e in runs.values()) / 60
     lines += ["", f"All together: {minutes:.0f} minutes and {sum(e['disk'] for e in runs.values()):.0f} GB."]
     return "\n".join(lines) + "\n"
 
 
 def table(head, rows):
-    return ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
+    return ["| " + " | ".join(map(str, row)) + " |" for row in (head, ["---"] * len(head), *rows)]
 
 
 if __name__ == "__main__":

@@ -41,11 +41,13 @@ class Diagnoser:
     def __init__(self, bound: Bound, tallies: Callable[[Experiment], Tallies]) -> None:
         self.bound, self.bench = bound, Bench(bound, tallies)
 
-    @uncollected()
     def diagnose(self, check: Check, tally: Tally) -> Diagnosis | None:
         """The faults that fit what the candidate returns where ``check`` fails; None where none does, where more than
         two do that nothing tells apart, or where too few inputs tell."""
-        found, tried = self._search(check, tally)
+        for experiment in () if check.on.numbers else (BATCH, CONFIGURED, EDGES, DUELS):
+            self.bench.tallies(experiment)  # which is judging, not diagnosing
+        with uncollected():
+            found, tried = self._search(check, tally)
         if not found:
             return None
         if len(found) == 1:
@@ -54,8 +56,6 @@ class Diagnoser:
 
     def _search(self, check: Check, tally: Tally) -> tuple[list[Suspects], int]:
         """The suspects that fit, and on how many inputs they were tried."""
-        for experiment in () if check.on.numbers else (BATCH, CONFIGURED, EDGES, DUELS):
-            self.bench.tallies(experiment)  # which is judging, not diagnosing
         spent = budget(SECONDS)
         if check.on.numbers:
             few = len(tally.cases) < SEPARATE  # each of these takes more than one call
@@ -100,6 +100,7 @@ class Diagnoser:
         ]
         named = [f for f in self.bench.named if f not in known]
         others = tuple(f for f in named if not spent() and _own(of((f,), cases[0]), right[0]))
+        without = [of(others, case) for case in cases] if others else right
         fitting: list[Suspects] = []
         for suspects in ((*others, f) for f in known):
             if spent():
@@ -109,7 +110,7 @@ class Diagnoser:
                 wrong.append(of(suspects, case))
                 if not _agrees(t, wrong[-1], r):
                     break  # each of these takes more than one call
-            fits = len(wrong) == len(cases) and _fits(theirs, wrong, right)
+            fits = len(wrong) == len(cases) and _fits(theirs, wrong, without)  # so that it matters beside the others
             if fits and self.bench.breaks(suspects, check, cases[0]):
                 fitting.append(suspects)
         return fitting if len(fitting) <= (1 if others else 2) else []
